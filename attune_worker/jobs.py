@@ -1,0 +1,280 @@
+"""What goes over the wire: a job as it is submitted, and the result as it is read back?
+
+All of it is JSON. ``Job`` refuses what it does not know, so that a typo in a field name is an
+error at submission; ``JobResult`` ignores what it does not know, so that an older reader can read
+a newer record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from enum import StrEnum
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticSerializationError
+
+from attune_worker.errors import InvalidJobError
+
+WIRE_VERSION = 1
+"""Version of the job record; a reader refuses versions that it does not know."""
+
+NANO_USD = Decimal("1e-9")
+"""Smallest amount of money that is kept; prices are per million tokens, so a token costs nano-dollars."""
+
+Usd = Annotated[Decimal, PlainSerializer(lambda amount: format(amount, "f"), return_type=str, when_used="json")]
+"""An amount in US dollars: ``Decimal`` in Python, a plain decimal string in JSON, never a float."""
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class ModelTier(StrEnum):
+    """How strong, and how dear, a model is."""
+
+    CHEAP = "cheap"
+    CAPABLE = "capable"
+    PREMIUM = "premium"
+
+
+class JobStatus(StrEnum):
+    """Where a job is. ``unknown``: no record of it, which is not the same as waiting."""
+
+    UNKNOWN = "unknown"
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to the job."""
+        return self in _ENDED
+
+
+_ENDED = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED})
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+
+class Message(_Value):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(min_length=1)
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _no_float_dust(value: object) -> object:
+    return str(value) if isinstance(value, float) else value
+
+
+class Job(_Value):
+    """A request for one answer from a language model.
+
+    Give either ``prompt`` or ``messages``. ``task_type`` decides the tier unless ``tier_hint`` or
+    ``model`` says otherwise; ``workflow`` and ``stage`` name the place in the caller's program, for
+    routing and reports (``stage`` defaults to the task type). ``max_cost`` is in USD for the whole
+    job, ``max_latency_ms`` and ``min_success_rate`` (0 to 1) steer adaptive routing.
+    ``priority`` runs from 0 (first) to 9 (last). ``deadline_seconds`` counts from submission.
+    ``idempotency_key`` makes submission repeatable: same tenant, same key, same job.
+    ``metadata`` is any JSON object; it comes back with the result and is never sent to a provider.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    task_type: Name
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = None
+    system: str | None = None
+    workflow: Name = "default"
+    stage: Name | None = None
+    model: Name | None = None
+    tier_hint: ModelTier | None = None
+    provider_hint: Name | None = None
+    max_cost: Annotated[Usd, BeforeValidator(_no_float_dust), Field(ge=0)] | None = None
+    max_latency_ms: int | None = Field(default=None, gt=0)
+    min_success_rate: float | None = Field(default=None, ge=0, le=1)
+    max_tokens: int | None = Field(default=None, gt=0)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    stop: Annotated[tuple[Name, ...], BeforeValidator(_one_or_many)] = ()
+    tenant: Name | None = None
+    user_id: Name | None = None
+    session_id: Name | None = None
+    idempotency_key: Name | None = None
+    priority: int = Field(default=5, ge=0, le=9)
+    deadline_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @field_validator("metadata")
+    @classmethod
+    def _is_json(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        json.dumps(metadata, allow_nan=False)
+        return metadata
+
+    @model_validator(mode="after")
+    def _has_one_question(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either 'prompt' or 'messages', and not both")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("'prompt' is empty; it must hold some text")
+        if self.messages is not None and not any(message.role == "user" for message in self.messages):
+            raise ValueError("'messages' must hold at least one message with role 'user'")
+        return self
+
+    @cached_property
+    def turns(self) -> tuple[Message, ...]:
+        """The conversation, whichever way it was given."""
+        if self.messages is not None:
+            return self.messages
+        return (Message(role="user", content=self.prompt or ""),)
+
+    @cached_property
+    def text_bytes(self) -> int:
+        """Bytes of UTF-8 text that the provider has to read."""
+        texts = [turn.content for turn in self.turns] + [self.system or ""]
+        return sum(len(text.encode(errors="surrogatepass")) for text in texts)
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any], *, index: int | None = None) -> Job:
+        """Return the job that ``fields`` describe, or raise ``InvalidJobError`` saying what is allowed."""
+        if not isinstance(fields, Mapping):
+            raise InvalidJobError(f"a job is an object with fields, not {type(fields).__name__}", index=index)
+        try:
+            return cls.model_validate(dict(fields))
+        except ValidationError as error:
+            field, message = _explain(error)
+            raise InvalidJobError(message, field=field, index=index) from None
+
+    def to_json(self) -> str:
+        """Return the record's JSON: the version, and the fields that differ from their defaults.
+
+        Raises ``InvalidJobError`` for text that UTF-8 cannot carry (lone surrogates).
+        """
+        try:
+            fields = self.model_dump_json(exclude_defaults=True)
+        except PydanticSerializationError:
+            raise InvalidJobError("the job holds text that is not valid Unicode (a lone surrogate)") from None
+        return f'{{"v":{WIRE_VERSION},{fields[1:]}'
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Job:
+        """Read a record's JSON; raises ``InvalidJobError`` for a version or fields it does not know."""
+        try:
+            fields = json.loads(text)
+        except ValueError:
+            raise InvalidJobError("the job record is not JSON") from None
+        if not isinstance(fields, dict) or fields.pop("v", None) != WIRE_VERSION:
+            raise InvalidJobError(f"the job record is not of version {WIRE_VERSION}; upgrade this worker")
+        return cls.parse(fields)
+
+
+class Usage(_Value):
+    """Tokens of one call, as the provider counted them.
+
+    ``input_tokens`` is all of the prompt, including what was read from or written to the provider's
+    cache; ``cache_write_1h_tokens`` is the part of ``cache_write_tokens`` kept for an hour, which
+    Anthropic charges more for. ``output_tokens`` is all that was generated, including
+    ``reasoning_tokens``.
+    """
+
+    input_tokens: int = Field(default=0, ge=0)
+    output_tokens: int = Field(default=0, ge=0)
+    cache_read_tokens: int = Field(default=0, ge=0)
+    cache_write_tokens: int = Field(default=0, ge=0)
+    cache_write_1h_tokens: int = Field(default=0, ge=0)
+    reasoning_tokens: int = Field(default=0, ge=0)
+
+
+class Attempt(_Value):
+    """One call to a provider: what was asked, how it went, and what it cost.
+
+    ``cost_usd`` is None where it is not known: the model has no known price, or the connection broke
+    and the provider may or may not have charged for the call.
+    """
+
+    model_id: str
+    provider: str
+    tier: ModelTier
+    outcome: Literal["succeeded", "failed"]
+    error_type: str | None = None
+    latency_ms: int
+    cost_usd: Usd | None = None
+    status: int | None = None
+    request_id: str | None = None
+
+
+class JobError(_Value):
+    """Why a job has no answer. ``retry_after`` is in seconds, where the provider gave it."""
+
+    type: str
+    message: str
+    retry_after: float | None = None
+
+
+class JobResult(_Value):
+    """How a job ended. ``usage`` and ``cost_usd`` are None where they are not known, which is not 0.
+
+    ``cost_usd`` adds up what is known of all attempts.
+    ``latency_ms`` is the time of the call that answered, ``queue_ms`` from submission to the start.
+    """
+
+    job_id: str
+    status: JobStatus
+    content: str | None = None
+    model_id: str | None = None
+    provider: str | None = None
+    tier: ModelTier | None = None
+    auth_mode: str | None = None
+    usage: Usage | None = None
+    cost_usd: Usd | None = None
+    latency_ms: int | None = None
+    queue_ms: int | None = None
+    finish_reason: str | None = None
+    attempts: tuple[Attempt, ...] = ()
+    error: JobError | None = None
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether there is an answer in ``content``."""
+        return self.status is JobStatus.SUCCEEDED
+
+
+def total_cost(attempts: Sequence[Attempt]) -> Decimal | None:
+    """Add up what is known of the attempts' costs; None when nothing is known."""
+    known = [attempt.cost_usd for attempt in attempts if attempt.cost_usd is not None]
+    return sum(known, Decimal(0)) if known else None
+
+
+def _explain(error: ValidationError) -> tuple[str | None, str]:
+    """Turn pydantic's first complaint into one line that never repeats the input's text."""
+    first = error.errors(include_url=False, include_context=True, include_input=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or None
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown field; allowed: {', '.join(Job.model_fields)}"
+    elif first["type"] == "missing":
+        message = "this field is required"
+    return field, f"{field!r}: {message}" if field else message

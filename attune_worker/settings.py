@@ -1,0 +1,318 @@
+"""What is configured, and where did each value come from?
+
+Values are looked up in the environment (``ATTUNE_*``, ``__`` between levels), then in ``attune.toml``
+(or the file that ``ATTUNE_CONFIG`` names), then in the defaults below. Settings are frozen; unknown
+keys are refused, in the file and in the environment; secrets never print.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from decimal import Decimal
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from attune_worker.errors import ConfigurationError
+from attune_worker.jobs import ModelTier
+
+PREFIX = "ATTUNE_"
+DEFAULT_FILE = "attune.toml"
+PROVIDER_GROUP = "attune_worker.providers"
+
+DEFAULT_PROVIDERS: Mapping[str, Mapping[str, str]] = {
+    "anthropic": {
+        "kind": "anthropic",
+        "base_url": "https://api.anthropic.com",
+        "api_key": "env:ANTHROPIC_API_KEY",
+    },
+    "openai": {
+        "kind": "openai",
+        "base_url": "https://api.openai.com/v1",
+        "api_key": "env:OPENAI_API_KEY",
+    },
+    "google": {
+        "kind": "openai",
+        "base_url": "https://generativelanguage.googleapis.com/v1beta/openai",
+        "api_key": "env:GEMINI_API_KEY",
+    },
+}
+"""Providers that are there without being configured; each is used once its key is in the environment."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ProviderSettings(_Section):
+    """One place that serves models.
+
+    ``api_key`` is a key, or ``env:NAME`` to read it from the environment; a server that needs none
+    has none. ``price_list`` names the provider whose published prices apply (default: the provider's
+    own name, where the price library knows it).
+    """
+
+    kind: str
+    base_url: str
+    api_key: SecretStr | None = None
+    price_list: str | None = None
+    requests_per_minute: int | None = Field(default=None, gt=0)
+    tokens_per_minute: int | None = Field(default=None, gt=0)
+
+    @field_validator("kind")
+    @classmethod
+    def _has_an_adapter(cls, kind: str) -> str:
+        known = provider_kinds()
+        if kind not in known:
+            raise ValueError(f"{kind!r} is not allowed; allowed: {', '.join(known)}")
+        return kind
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("a base URL starts with http:// or https:// and names a host")
+        return url.rstrip("/")
+
+    def key(self, environ: Mapping[str, str] = os.environ) -> str | None:
+        """Return the API key itself, or None when there is none (yet)."""
+        if self.api_key is None:
+            return None
+        value = self.api_key.get_secret_value()
+        return environ.get(value.removeprefix("env:")) or None if value.startswith("env:") else value or None
+
+    def usable(self, environ: Mapping[str, str] = os.environ) -> bool:
+        """Whether calls can be made: no key is needed, or there is one."""
+        return self.api_key is None or self.key(environ) is not None
+
+
+class ModelSettings(_Section):
+    """A model beyond the catalog, or the fields in which one of the catalog's should differ.
+
+    Prices are in USD per million tokens. ``enabled = false`` takes a model out.
+    """
+
+    id: str = Field(min_length=1)
+    provider: str
+    tier: ModelTier | None = None
+    context_window: int | None = Field(default=None, gt=0)
+    max_output_tokens: int | None = Field(default=None, gt=0)
+    capabilities: frozenset[str] | None = None
+    input_cost_per_million: Decimal | None = Field(default=None, ge=0)
+    output_cost_per_million: Decimal | None = Field(default=None, ge=0)
+    cache_read_cost_per_million: Decimal | None = Field(default=None, ge=0)
+    cache_write_cost_per_million: Decimal | None = Field(default=None, ge=0)
+    enabled: bool = True
+
+    @model_validator(mode="after")
+    def _prices_are_whole(self) -> Self:
+        if (self.input_cost_per_million is None) != (self.output_cost_per_million is None):
+            raise ValueError("input_cost_per_million and output_cost_per_million go together")
+        return self
+
+
+class RetrySettings(_Section):
+    """How often one job may call providers, over all models and layers together, and how long it waits between."""
+
+    max_attempts: int = Field(default=4, ge=1, le=20)
+    max_attempts_per_model: int = Field(default=2, ge=1, le=20)
+    backoff_seconds: float = Field(default=0.5, ge=0)
+    backoff_cap_seconds: float = Field(default=8.0, ge=0)
+
+
+class HttpSettings(_Section):
+    """Limits of one HTTP call, in seconds and bytes; ``proxy`` is the URL of one that all calls go through."""
+
+    connect_timeout_seconds: float = Field(default=5.0, gt=0)
+    request_timeout_seconds: float = Field(default=120.0, gt=0)
+    max_response_bytes: int = Field(default=32 * 2**20, gt=0)
+    proxy: str | None = None
+
+
+class Settings(BaseSettings):
+    """All settings. Times are in seconds; ``redis_url`` holds the shared state.
+
+    ``broker_url`` and ``result_backend`` default to ``redis_url``. ``timeout_seconds`` bounds a job's calls and the
+    waits between them, all together, from the moment it starts. ``provider_order`` says which
+    provider is asked first when several serve a tier.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    broker_url: SecretStr | None = None
+    result_backend: SecretStr | None = None
+    namespace: str = Field(default="attune", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    queue: str = Field(default="attune", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    retention_seconds: int = Field(default=86_400, gt=0)
+    timeout_seconds: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    default_max_tokens: int = Field(default=4096, gt=0)
+    concurrency: int = Field(default=500, ge=1, le=10_000)
+    redis_timeout_seconds: float = Field(default=5.0, gt=0)
+    retry: RetrySettings = RetrySettings()
+    http: HttpSettings = HttpSettings()
+    provider_order: tuple[str, ...] = ("anthropic", "openai", "google")
+    providers: dict[str, ProviderSettings] = Field(default_factory=dict, validate_default=True)
+    models: tuple[ModelSettings, ...] = ()
+
+    _file: ClassVar[Mapping[str, Any]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_default_providers(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = values.get("providers") or {}
+        if isinstance(given, dict) and all(isinstance(table, dict) for table in given.values()):
+            merged = {name: dict(table) for name, table in DEFAULT_PROVIDERS.items()}
+            for name, table in given.items():
+                merged[name] = merged.get(name, {}) | table
+            values["providers"] = merged
+        return values
+
+    @model_validator(mode="after")
+    def _providers_exist(self) -> Self:
+        known = ", ".join(sorted(self.providers))
+        for index, model in enumerate(self.models):
+            if model.provider not in self.providers:
+                raise ValueError(f"models.{index}.provider: {model.provider!r} is not a provider; configured: {known}")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls, _cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what the caller passed: ``load`` has already laid the environment over the file."""
+        return (init_settings,)
+
+    @classmethod
+    def load(cls, file: Path | str | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read the file and the environment; raises ``ConfigurationError`` in one line that says what to change.
+
+        Without ``file`` it is the one that ``ATTUNE_CONFIG`` names, else ``attune.toml`` in the current folder if
+        there is one.
+        """
+        path, in_file = _read_file(file or environ.get(f"{PREFIX}CONFIG"))
+        in_environ = _read_environ(cls, environ)
+        try:
+            return cls(**_laid_over(in_file, in_environ))
+        except ValidationError as error:
+            raise ConfigurationError(_explain(error, path, in_environ)) from None
+
+    @property
+    def broker(self) -> str:
+        """The broker's URL, with its password."""
+        return (self.broker_url or self.redis_url).get_secret_value()
+
+    @property
+    def backend(self) -> str:
+        """The result backend's URL, with its password."""
+        return (self.result_backend or self.redis_url).get_secret_value()
+
+
+@cache
+def get_settings() -> Settings:
+    """Return this process's settings, read once."""
+    return Settings.load()
+
+
+@cache
+def provider_kinds() -> tuple[str, ...]:
+    """Return the wire formats that are installed, without loading any of them."""
+    return tuple(sorted({point.name for point in entry_points(group=PROVIDER_GROUP)}))
+
+
+def masked(url: str) -> str:
+    """Return ``url`` without its password, for messages."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+def _read_file(file: Path | str | None) -> tuple[str, dict[str, Any]]:
+    path = Path(file or DEFAULT_FILE)
+    try:
+        with path.open("rb") as stream:
+            return str(path), tomllib.load(stream)
+    except FileNotFoundError:
+        if file is None:
+            return str(path), {}
+        raise ConfigurationError(f"{path}: there is no such file; ATTUNE_CONFIG must name an existing one") from None
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: is not valid TOML: {error}") from None
+
+
+def _read_environ(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, Any]:
+    names = {name for name in environ if name.startswith(PREFIX) and name != f"{PREFIX}CONFIG"}
+    for name in sorted(names):
+        top = name.removeprefix(PREFIX).partition("__")[0].lower()
+        if top not in cls.model_fields:
+            allowed = [f"{PREFIX}{field.upper()}" for field in cls.model_fields]
+            close = get_close_matches(name, allowed, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}"
+            raise ConfigurationError(f"environment {name}: unknown setting; {hint}")
+    source = EnvSettingsSource(cls, case_sensitive=False)
+    source.env_vars = {name.lower(): environ[name] for name in names}
+    try:
+        return source()
+    except (SettingsError, ValueError) as error:
+        raise ConfigurationError(f"environment {', '.join(sorted(names))}: {error}") from None
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = _laid_over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(error: ValidationError, path: str, in_environ: Mapping[str, Any]) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    keys = [str(part) for part in first["loc"]]
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if not keys:  # a rule over several keys, which begins with the key it is about
+        head, _, message = message.partition(": ")
+        keys = head.split(".")
+    if first["type"] == "extra_forbidden":
+        message = _unknown_key(keys)
+    found: Any = in_environ
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if found is not None:
+        return f"environment {PREFIX}{'__'.join(keys).upper()}: {message}"
+    return f"{path}: {'.'.join(keys)}: {message}"
+
+
+def _unknown_key(keys: list[str]) -> str:
+    section: type[BaseModel] = _SECTIONS.get(keys[0], Settings) if len(keys) > 1 else Settings
+    close = get_close_matches(keys[-1], section.model_fields, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(section.model_fields)}"
+    return f"unknown key; {hint}"
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "providers": ProviderSettings,
+    "models": ModelSettings,
+    "retry": RetrySettings,
+    "http": HttpSettings,
+}

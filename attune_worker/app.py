@@ -1,0 +1,101 @@
+"""Which Celery app carries the wake-ups, and how is it configured?
+
+The job record in Redis owns delivery, retries, deadlines and recovery; Celery carries a message with
+the job's id to a free worker. Hence early acknowledgement, no prefetching, no ETA, and JSON only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+from kombu.entity import Queue
+
+from attune_worker.settings import Settings
+
+RUN_JOB = "attune_worker.run_job"
+SUBMIT_JOB = "attune_worker.submit_job"
+
+
+def make_app(settings: Settings) -> Celery:
+    """Return the Celery app for ``settings``; it connects when it is first used."""
+    app = Celery("attune_worker", include=["attune_worker.worker.tasks"])
+    app.conf.update(_configuration(settings))
+    app.attune_settings = settings
+    return app
+
+
+def _configuration(settings: Settings) -> dict[str, Any]:
+    return {
+        "broker_url": settings.broker,
+        "result_backend": settings.backend,
+        **_transport(settings),
+        **_DELIVERY,
+        **_RESULTS,
+        "result_expires": settings.retention_seconds,
+        "worker_concurrency": settings.concurrency,
+        "task_default_queue": settings.queue,
+        "task_queues": [Queue(settings.queue)],  # type: ignore[no-untyped-call]
+    }
+
+
+def _transport(settings: Settings) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if settings.broker.startswith(("redis", "sentinel", "unix")):
+        options = {
+            "global_keyprefix": f"{settings.namespace}:celery:",
+            "priority_steps": list(range(10)),
+            # Kombu would note each message in Redis until it is acknowledged, at three round trips apiece.
+            # A wake-up needs no such care: the job's record says whether it still has to run.
+            "ack_emulation": False,
+            "socket_timeout": 15,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        }
+    return {
+        "broker_transport_options": options,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_connection_timeout": 5,
+        "broker_pool_limit": 20,
+        "broker_pool_acquire_timeout": 5,
+        "result_backend_transport_options": {"global_keyprefix": f"{settings.namespace}:celery:"},
+    }
+
+
+_DELIVERY: dict[str, Any] = {
+    # Late acknowledgement runs a job twice whenever a connection drops; the record brings back what is lost.
+    "task_acks_late": False,
+    "task_reject_on_worker_lost": False,
+    "task_publish_retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5},
+    # 0 is served first; without a default in the middle, nothing could be less urgent than the rest.
+    "task_default_priority": 5,
+    "task_inherit_parent_priority": True,
+    # A misspelt queue name would otherwise create a queue that nobody drains.
+    "task_create_missing_queues": False,
+    # Jobs wait on the network, so threads; and none is held back by a worker whose threads are busy.
+    "worker_pool": "threads",
+    "worker_disable_prefetch": True,
+    "worker_prefetch_multiplier": 1,
+    "worker_disable_rate_limits": True,
+    "worker_cancel_long_running_tasks_on_connection_loss": False,
+    # Flower and ``celery events`` switch task events on while they watch; nobody pays for them otherwise.
+    "worker_send_task_events": False,
+    "task_send_sent_event": False,
+    "worker_hijack_root_logger": False,
+    "worker_redirect_stdouts": False,
+    "accept_content": ["json"],
+    "task_serializer": "json",
+}
+
+_RESULTS: dict[str, Any] = {
+    # What is stored is the summary of worker/summary.py; the answer itself is read from the job's record.
+    "result_serializer": "json",
+    "result_accept_content": ["json"],
+    "result_extended": False,
+    "result_backend_thread_safe": True,
+    "redis_socket_timeout": 15,
+    "redis_socket_keepalive": True,
+    "redis_backend_health_check_interval": 25,
+}

@@ -1,0 +1,255 @@
+"""How do callers submit jobs and read their results?
+
+``Client`` blocks, ``AsyncClient`` awaits; both share one implementation. Importing this module loads
+neither httpx nor provider code, so a web backend stays light and needs no provider keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
+from typing import Any, Self, TypeVar
+
+from celery import Celery
+from kombu.exceptions import KombuError, OperationalError
+
+from attune_worker.app import RUN_JOB, make_app
+from attune_worker.errors import ServiceUnavailableError
+from attune_worker.jobs import Job, JobResult, JobStatus
+from attune_worker.results import Inbox, as_completed, await_for, wait_for
+from attune_worker.settings import Settings, get_settings, masked
+from attune_worker.store.records import Records
+from attune_worker.submission import Accepted, Submission
+
+T = TypeVar("T")
+
+BATCH = 500
+"""Jobs that are written, and wake-ups that are sent, in one round trip."""
+
+ASYNC_THREADS = 8
+"""Threads in which an ``AsyncClient`` does its short round trips; waiting for results takes none."""
+
+
+class Client:
+    """Submits jobs to the fleet and reads their results; safe for use from many threads, and across a fork.
+
+    Every method raises ``ServiceUnavailableError`` when Redis or the broker cannot be reached.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or get_settings()
+        self.records = Records(self.settings)
+        self._submission = Submission(self.settings)
+        self.inbox = Inbox(self.settings)
+
+    def submit(self, task_type: str, prompt: str | None = None, **fields: Any) -> JobHandle:
+        """Submit one job; ``fields`` are those of ``Job``, for instance ``messages`` instead of ``prompt``.
+
+        Raises ``InvalidJobError`` for a job that cannot be accepted; then nothing is written. The
+        same idempotency key gives the same job, and wakes it again if it still waits.
+        """
+        given = {"task_type": task_type, **fields}
+        if prompt is not None:
+            given["prompt"] = prompt
+        return self.submit_many([given])[0]
+
+    def submit_many(self, jobs: Iterable[Mapping[str, Any] | Job]) -> list[JobHandle]:
+        """Submit jobs in few round trips, and return their handles in order.
+
+        All are validated first: if one cannot be accepted, ``InvalidJobError`` names it by its index
+        and nothing is written.
+        """
+        prepared = self._submission.prepare(list(jobs))
+        for start in range(0, len(prepared), BATCH):
+            batch = prepared[start : start + BATCH]
+            statuses = self.records.accept(batch)
+            self._wake([job for job, status in zip(batch, statuses, strict=True) if status is JobStatus.QUEUED])
+        return [JobHandle(job_id, self) for job_id, _, _ in prepared]
+
+    def get(self, job_id: str) -> JobHandle:
+        """Return the handle of a job that was submitted before, here or elsewhere."""
+        return JobHandle(job_id, self)
+
+    def status(self, job_id: str) -> JobStatus:
+        """Return where the job is now; ``unknown`` when there is no record of it."""
+        return self.records.read([job_id])[0].status
+
+    def result(self, job_id: str, timeout: float | None = None) -> JobResult:
+        """Wait up to ``timeout`` seconds (None: for ever) until the job has ended, and return how.
+
+        A job that failed, expired or was cancelled has a result too: its ``status`` says so. Raises
+        ``ResultTimeoutError``, and ``JobNotFoundError`` for an unknown job.
+        """
+        return wait_for(self.records, self.inbox, job_id, timeout).to_result()
+
+    def cancel(self, job_id: str) -> bool:
+        """Cancel the job if it has not started; return whether it will not run."""
+        return self.records.cancel(job_id) is JobStatus.CANCELLED
+
+    def as_completed(self, handles: Iterable[JobHandle], timeout: float | None = None) -> Iterator[JobResult]:
+        """Yield the results of jobs as they end.
+
+        Raises ``ResultTimeoutError`` when none has ended for ``timeout`` seconds, and
+        ``JobNotFoundError`` for an unknown job.
+        """
+        ids = [handle.id for handle in handles]
+        for record in as_completed(self.records, self.inbox, ids, timeout):
+            yield record.to_result()
+
+    def close(self) -> None:
+        """Give connections back; the client can be used again."""
+        self.inbox.close()
+        self.records.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @cached_property
+    def _app(self) -> Celery:
+        return make_app(self.settings)
+
+    def _wake(self, jobs: Sequence[Accepted]) -> None:
+        """Send each job's wake-up: a Celery message with its id, and nothing else."""
+        if not jobs:
+            return
+        amqp = self._app.amqp
+        try:
+            with self._app.producer_or_acquire() as producer, producer.batch(max_size=BATCH):
+                for sent, (job_id, job, _) in enumerate(jobs):
+                    message = amqp.create_task_message(
+                        job_id,
+                        RUN_JOB,
+                        (job_id,),
+                        {},
+                        argsrepr=f"('{job_id}',)",
+                        kwargsrepr="{}",
+                        create_sent_event=self._app.conf.task_send_sent_event,
+                    )
+                    # The queue is declared once a batch: declaring costs more than sending.
+                    declare: list[Any] | None = [] if sent else None
+                    amqp.send_task_message(producer, RUN_JOB, message, priority=job.priority, declare=declare)
+        except (OperationalError, KombuError, OSError) as error:
+            url = masked(self.settings.broker)
+            raise ServiceUnavailableError(
+                f"the broker at {url} cannot be reached ({type(error).__name__}); the jobs are recorded: "
+                "submit them again with the same idempotency key to wake them",
+                url=url,
+                job_ids=[job_id for job_id, _, _ in jobs],
+            ) from error
+
+
+class JobHandle:
+    """One submitted job."""
+
+    __slots__ = ("_client", "id")
+
+    def __init__(self, job_id: str, client: Client) -> None:
+        self.id = job_id
+        self._client = client
+
+    def __repr__(self) -> str:
+        return f"JobHandle({self.id!r})"
+
+    def status(self) -> JobStatus:
+        """As ``Client.status``."""
+        return self._client.status(self.id)
+
+    def result(self, timeout: float | None = None) -> JobResult:
+        """As ``Client.result``."""
+        return self._client.result(self.id, timeout)
+
+    def cancel(self) -> bool:
+        """As ``Client.cancel``."""
+        return self._client.cancel(self.id)
+
+
+class AsyncClient:
+    """``Client`` for asyncio: the same methods, awaited, and as many waiting callers as you like."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._client = Client(settings)
+        self._threads = ThreadPoolExecutor(ASYNC_THREADS, thread_name_prefix="attune-client")
+
+    async def submit(self, task_type: str, prompt: str | None = None, **fields: Any) -> AsyncJobHandle:
+        """As ``Client.submit``."""
+        handle = await self._call(lambda: self._client.submit(task_type, prompt, **fields))
+        return AsyncJobHandle(handle.id, self)
+
+    async def submit_many(self, jobs: Iterable[Mapping[str, Any] | Job]) -> list[AsyncJobHandle]:
+        """As ``Client.submit_many``."""
+        handles = await self._call(lambda: self._client.submit_many(jobs))
+        return [AsyncJobHandle(handle.id, self) for handle in handles]
+
+    async def get(self, job_id: str) -> AsyncJobHandle:
+        """As ``Client.get``."""
+        return AsyncJobHandle(job_id, self)
+
+    async def status(self, job_id: str) -> JobStatus:
+        """As ``Client.status``."""
+        return await self._call(lambda: self._client.status(job_id))
+
+    async def result(self, job_id: str, timeout: float | None = None) -> JobResult:
+        """As ``Client.result``."""
+        record = await await_for(self._client.records, self._client.inbox, job_id, timeout, self._call)
+        return record.to_result()
+
+    async def cancel(self, job_id: str) -> bool:
+        """As ``Client.cancel``."""
+        return await self._call(lambda: self._client.cancel(job_id))
+
+    async def close(self) -> None:
+        """Give connections and threads back."""
+        await self._call(self._client.close)
+        self._threads.shutdown(wait=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+
+class AsyncJobHandle:
+    """One submitted job, awaited."""
+
+    __slots__ = ("_client", "id")
+
+    def __init__(self, job_id: str, client: AsyncClient) -> None:
+        self.id = job_id
+        self._client = client
+
+    def __repr__(self) -> str:
+        return f"AsyncJobHandle({self.id!r})"
+
+    async def status(self) -> JobStatus:
+        """As ``Client.status``."""
+        return await self._client.status(self.id)
+
+    async def result(self, timeout: float | None = None) -> JobResult:
+        """As ``Client.result``."""
+        return await self._client.result(self.id, timeout)
+
+    async def cancel(self) -> bool:
+        """As ``Client.cancel``."""
+        return await self._client.cancel(self.id)
+
+
+@cache
+def _default_client() -> Client:
+    return Client()
+
+
+def result(job_id: str, timeout: float | None = 60.0) -> JobResult:
+    """Return the result of a job, content included, for instance in the next task of a Celery chain.
+
+    Waits up to ``timeout`` seconds; raises as ``Client.result`` does.
+    """
+    return _default_client().result(job_id, timeout)

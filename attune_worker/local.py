@@ -1,0 +1,116 @@
+"""How does one machine run a whole fleet for a while? Private Redis, simulator and workers as needed.
+
+For the demo, for ``run --local``, and for tests; everything that was started here is stopped here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from attune_worker.errors import AttuneError
+
+STOP_SECONDS = 30.0
+
+
+class LocalWorker:
+    """One worker process, as ``attune-worker worker`` starts it, with its log in a file."""
+
+    def __init__(
+        self, name: str, environ: Mapping[str, str], log: Path, *, concurrency: int = 50, pool: str = "threads"
+    ) -> None:
+        self.name = name
+        self.log = log
+        self._environ = dict(environ)
+        self._options = ["--concurrency", str(concurrency), "--pool", pool, "--name", name]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process; it takes jobs about two seconds later."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "attune_worker", "worker", *self._options],
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us: we stop the workers in good order
+            )
+
+    def check(self) -> None:
+        """Raise ``AttuneError`` with the end of its log if the worker has ended by itself."""
+        if self.process is not None and self.process.poll() is not None:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+            raise AttuneError(f"worker {self.name} ended with exit code {self.process.returncode}:\n{tail}")
+
+    def wait_until_ready(self, timeout_seconds: float = 60.0) -> None:
+        """Return once the worker takes jobs; raises ``AttuneError`` if it ended or took too long."""
+        ends = time.monotonic() + timeout_seconds
+        while " ready." not in self.log.read_text(errors="replace"):
+            self.check()
+            if time.monotonic() > ends:
+                raise AttuneError(f"worker {self.name} was not ready after {timeout_seconds:g} s; see {self.log}")
+            time.sleep(0.05)
+
+    def terminate(self) -> None:
+        """Ask the worker to finish what it runs and end (SIGTERM)."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def stop(self, timeout_seconds: float = STOP_SECONDS) -> None:
+        """End the worker: first asking, then, after ``timeout_seconds``, killing it."""
+        if self.process is None:
+            return
+        self.terminate()
+        try:
+            self.process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+class LocalFleet:
+    """Some workers on this machine, started on entering the context and stopped on leaving it."""
+
+    def __init__(
+        self, count: int, environ: Mapping[str, str], folder: Path, *, concurrency: int = 50, pool: str = "threads"
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.workers = [
+            LocalWorker(f"local-{index}", environ, folder / f"worker-{index}.log", concurrency=concurrency, pool=pool)
+            for index in range(1, count + 1)
+        ]
+
+    def __enter__(self) -> Self:
+        for worker in self.workers:
+            worker.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def check(self) -> None:
+        """Raise ``AttuneError`` if a worker has ended by itself."""
+        for worker in self.workers:
+            worker.check()
+
+    def wait_until_ready(self) -> None:
+        """Return once all workers take jobs."""
+        for worker in self.workers:
+            worker.wait_until_ready()
+
+    def stop(self) -> None:
+        """Stop all workers at once, each finishing what it runs."""
+        for worker in self.workers:
+            worker.terminate()
+        for worker in self.workers:
+            worker.stop()

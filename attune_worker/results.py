@@ -1,0 +1,217 @@
+"""How does a caller learn that a job has ended? By being told, on one channel for the whole process.
+
+A client that begins to wait leaves the name of its channel with the job (WATCH); whatever ends the job
+publishes the id there. One connection and one thread serve any number of waiting callers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from queue import Empty, Queue
+from typing import Protocol, TypeVar
+from uuid import uuid4
+
+from redis import Redis
+from redis.client import PubSub
+from redis.exceptions import RedisError
+
+from attune_worker.errors import JobNotFoundError, ResultTimeoutError
+from attune_worker.jobs import JobStatus
+from attune_worker.settings import Settings
+from attune_worker.store.connection import connect, reaching
+from attune_worker.store.keys import inbox as inbox_channel
+from attune_worker.store.records import Record, Records
+
+T = TypeVar("T")
+
+RECHECK_SECONDS = 30.0
+"""A waiting caller looks again after this long even if it was told nothing, should a message be lost."""
+
+BATCH = 500
+"""Most jobs that are looked at in one round trip."""
+
+_LISTEN_SECONDS = 1.0
+_RECONNECT_SECONDS = 0.2
+
+
+class Caller(Protocol):
+    """Runs a blocking function for a coroutine, in some thread."""
+
+    async def __call__(self, function: Callable[[], T]) -> T:
+        """Return what ``function`` returns."""
+        ...
+
+
+class Inbox:
+    """The channel on which this process hears of ended jobs; opened by the first caller that waits."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._callbacks: dict[str, set[Callable[[], None]]] = defaultdict(set)
+        self._process = 0
+        self._closed = threading.Event()
+        self.channel = ""
+
+    def add(self, job_id: str, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called, in the listening thread, whenever the job should be looked at again.
+
+        Raises ``ServiceUnavailableError`` when Redis is away.
+        """
+        with self._lock:
+            if self._process != os.getpid():  # first use, or a fork: threads do not survive one
+                self._open()
+            self._callbacks[job_id].add(callback)
+
+    def remove(self, job_id: str, callback: Callable[[], None]) -> None:
+        """Undo ``add``."""
+        with self._lock:
+            callbacks = self._callbacks.get(job_id, set())
+            callbacks.discard(callback)
+            if not callbacks:
+                self._callbacks.pop(job_id, None)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._closed.set()
+
+    def _open(self) -> None:
+        self._callbacks.clear()
+        self._closed = threading.Event()
+        self.channel = inbox_channel(self._settings.namespace, uuid4().hex)
+        redis = connect(self._settings, max_connections=2)
+        pubsub = PubSub(redis.connection_pool, ignore_subscribe_messages=True)
+        with reaching(self._settings):
+            pubsub.subscribe(self.channel)
+        thread = threading.Thread(
+            target=self._listen, args=(redis, pubsub, self._closed), name="attune-inbox", daemon=True
+        )
+        thread.start()
+        self._process = os.getpid()
+
+    def _listen(self, redis: Redis, pubsub: PubSub, closed: threading.Event) -> None:
+        while not closed.is_set():
+            try:
+                message = pubsub.get_message(timeout=_LISTEN_SECONDS)
+            except (RedisError, OSError):
+                # redis-py subscribes again by itself; what was published meanwhile is lost, so all look again.
+                closed.wait(_RECONNECT_SECONDS)
+                self._tell(list(self._callbacks))
+                continue
+            if message is not None:
+                self._tell([message["data"].decode()])
+        pubsub.close()
+        redis.close()
+
+    def _tell(self, job_ids: list[str]) -> None:
+        with self._lock:
+            callbacks = [callback for job_id in job_ids for callback in self._callbacks.get(job_id, ())]
+        for callback in callbacks:
+            callback()
+
+
+def wait_for(records: Records, inbox: Inbox, job_id: str, timeout_seconds: float | None) -> Record:
+    """Wait in this thread until the job has ended, and return its record.
+
+    Raises ``JobNotFoundError`` for an unknown job, ``ResultTimeoutError`` when the time is up.
+    """
+    ends = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    told = threading.Event()
+    inbox.add(job_id, told.set)
+    try:
+        while True:
+            told.clear()
+            [record] = records.watch([job_id], inbox.channel)
+            if record.status is JobStatus.UNKNOWN:
+                raise JobNotFoundError(job_id)
+            if record.status.ended:
+                return record
+            left = RECHECK_SECONDS if ends is None else ends - time.monotonic()
+            if left <= 0:
+                raise ResultTimeoutError(job_id, timeout_seconds or 0)
+            told.wait(min(left, RECHECK_SECONDS))
+    finally:
+        inbox.remove(job_id, told.set)
+
+
+async def await_for(
+    records: Records,
+    inbox: Inbox,
+    job_id: str,
+    timeout_seconds: float | None,
+    call: Caller,
+) -> Record:
+    """Wait as ``wait_for`` does, without blocking the event loop: ``call`` runs a round trip in a thread."""
+    loop = asyncio.get_running_loop()
+    ends = None if timeout_seconds is None else loop.time() + timeout_seconds
+    told = asyncio.Event()
+
+    def tell() -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(told.set)
+
+    await call(partial(inbox.add, job_id, tell))
+    try:
+        while True:
+            told.clear()
+            [record] = await call(partial(records.watch, [job_id], inbox.channel))
+            if record.status is JobStatus.UNKNOWN:
+                raise JobNotFoundError(job_id)
+            if record.status.ended:
+                return record
+            left = RECHECK_SECONDS if ends is None else ends - loop.time()
+            if left <= 0:
+                raise ResultTimeoutError(job_id, timeout_seconds or 0)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(told.wait(), min(left, RECHECK_SECONDS))
+    finally:
+        inbox.remove(job_id, tell)
+
+
+def as_completed(
+    records: Records, inbox: Inbox, job_ids: Sequence[str], timeout_seconds: float | None
+) -> Iterator[Record]:
+    """Yield the record of each job when it has ended, in the order of their ends.
+
+    An unknown job is yielded as such. Raises ``ResultTimeoutError`` when nothing has ended for
+    ``timeout_seconds``.
+    """
+    told: Queue[str] = Queue()
+    callbacks = {job_id: partial(told.put, job_id) for job_id in job_ids}
+    for job_id, callback in callbacks.items():
+        inbox.add(job_id, callback)
+    waiting = dict.fromkeys(job_ids)
+    look_at = list(waiting)
+    try:
+        while waiting:
+            for batch in (look_at[start : start + BATCH] for start in range(0, len(look_at), BATCH)):
+                for record in records.watch(batch, inbox.channel):
+                    if record.status.ended or record.status is JobStatus.UNKNOWN:
+                        del waiting[record.job_id]
+                        yield record
+            if waiting:
+                look_at = _next_told(told, waiting, timeout_seconds)
+    finally:
+        for job_id, callback in callbacks.items():
+            inbox.remove(job_id, callback)
+
+
+def _next_told(told: Queue[str], waiting: Mapping[str, None], timeout_seconds: float | None) -> list[str]:
+    """Return the jobs to look at: those we were told of, or all after a long silence."""
+    patience = RECHECK_SECONDS if timeout_seconds is None else min(RECHECK_SECONDS, timeout_seconds)
+    try:
+        ids = {told.get(timeout=patience)}
+    except Empty:
+        if timeout_seconds is not None and timeout_seconds <= RECHECK_SECONDS:
+            raise ResultTimeoutError(next(iter(waiting)), timeout_seconds) from None
+        return list(waiting)
+    while len(ids) < BATCH and not told.empty():
+        ids.add(told.get_nowait())
+    return [job_id for job_id in ids if job_id in waiting]

@@ -19,9 +19,9 @@ def simulator(port: int, host: str, latency: float | None, profile: Path | None)
 
     Example: attune-worker simulator --latency 2
     """
-    from attune_worker.simulator import Profile, serve  # tornado is needed by this command only
+    from attune_worker.simulator import FixedLatency, Profile, serve  # tornado is needed by this command only
 
     chosen = Profile.load(profile) if profile else Profile()
     if latency is not None:
-        chosen = chosen.with_latency(latency)
+        chosen = chosen.model_copy(update={"latency": FixedLatency(seconds=latency)})
     serve(host, port, chosen)

@@ -1,0 +1,240 @@
+"""What does the provider answer to one request, and what does it write on the invoice?
+
+No I/O here: a request goes in, a ``Reply`` comes out that says what to send, when, and how it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from time import time
+from typing import Any, Literal, NamedTuple
+
+from attune_worker.simulator.answers import ModelAnswer, answer, count_prompt_tokens, count_tokens
+from attune_worker.simulator.fates import Fate, fate
+from attune_worker.simulator.invoice import BilledCall, Invoice
+from attune_worker.simulator.prefix_cache import PrefixCache
+from attune_worker.simulator.profile import Behaviour, Fault, Profile
+from attune_worker.simulator.rate import Bucket
+from attune_worker.simulator.wire import (
+    MAX_BODY_BYTES,
+    Call,
+    Headers,
+    Refusal,
+    Tokens,
+    Wire,
+    retry_after_headers,
+    to_json,
+)
+
+REMEMBERED_REQUESTS = 1000
+JSON = "application/json"
+PROXY_ERROR_PAGE = b"<html><head><title>502 Bad Gateway</title></head><body>502 Bad Gateway</body></html>"
+
+_SECRET_HEADER_PARTS = ("key", "auth", "token", "cookie", "secret")
+
+Ending = Literal["complete", "hang", "disconnect"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What to send after ``delay_seconds``, and how the connection ends; ``bill`` is due when that is done."""
+
+    status: int
+    body: bytes = field(repr=False)
+    headers: dict[str, str] = field(default_factory=dict)
+    delay_seconds: float = 0.0
+    ending: Ending = "complete"
+    bill: BilledCall | None = None
+
+
+class _Seen(NamedTuple):
+    """One request that arrived; its headers are masked only when somebody looks."""
+
+    time: float
+    path: str
+    model: str | None
+    status: int
+    headers: Headers
+
+
+class Service:
+    """The provider: a profile, and what it remembers between calls. It belongs to one thread; the invoice is free."""
+
+    def __init__(self, profile: Profile, *, clock: Callable[[], float] = time) -> None:
+        self.profile = profile
+        self.in_flight = 0
+        self._clock = clock
+        self._nonce = secrets.token_hex(6)
+        self._serial = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all calls: the invoice, the call counter, limits, cached prefixes and remembered requests.
+
+        What is in flight stays in flight, and is billed on the new invoice.
+        """
+        self.invoice = Invoice()
+        self.max_in_flight = self.in_flight
+        self._calls = 0
+        self._buckets: dict[str, Bucket] = {}
+        self._prefixes = PrefixCache()
+        self._seen: deque[_Seen] = deque(maxlen=REMEMBERED_REQUESTS)
+
+    def call(self, wire: Wire, path: str, headers: Headers, body: bytes) -> Reply:
+        """Return the reply to a request for an answer. A reply with a bill is in flight until it is settled."""
+        now = self._clock()
+        self._serial += 1
+        serial = f"{self._nonce}{self._serial:010x}"
+        identity = {"content-type": JSON, wire.request_id_header: wire.request_id(serial)}
+        call: Call | None = None
+        try:
+            self._authorise(wire, headers)
+            call = self._understand(wire, headers, body)
+            reply = self._run(wire, call, serial, identity, now)
+        except Refusal as refusal:
+            reply = self._refuse(wire, refusal, call, identity, now)
+        except UnicodeEncodeError:
+            # JSON can escape half a surrogate pair, which is no text
+            reply = self._refuse(wire, wire.invalid("The request body holds invalid Unicode."), call, identity, now)
+        self._seen.append(_Seen(now, path, call.model if call else None, reply.status, headers))
+        if reply.bill:
+            self.in_flight += 1
+            self.max_in_flight = max(self.max_in_flight, self.in_flight)
+        return reply
+
+    def settle(self, reply: Reply, *, abandoned: bool) -> None:
+        """Bill a reply that was sent, or that nobody waited for."""
+        if reply.bill is None:
+            return
+        self.in_flight -= 1
+        if reply.ending != "hang":
+            self.invoice.add(replace(reply.bill, outcome="abandoned") if abandoned else reply.bill)
+
+    def list_models(self, wire: Wire, headers: Headers) -> Reply:
+        """Return the reply to a request for the models on offer: those that the profile names."""
+        try:
+            self._authorise(wire, headers)
+        except Refusal as refusal:
+            return self._refuse(wire, refusal, None, {"content-type": JSON}, self._clock())
+        return Reply(200, to_json(wire.models(list(self.profile.models))), {"content-type": JSON})
+
+    def requests(self, last: int) -> dict[str, Any]:
+        """Return what arrived lately, newest last, and how many calls wait for their answer."""
+        recent = list(self._seen)[-last:] if last > 0 else []
+        return {
+            "in_flight": self.in_flight,
+            "max_in_flight": self.max_in_flight,
+            "requests": [{**seen._asdict(), "headers": _without_secrets(seen.headers)} for seen in recent],
+        }
+
+    def _authorise(self, wire: Wire, headers: Headers) -> None:
+        key = wire.key(headers)
+        if not self.profile.accepts(key):
+            raise wire.wrong_key(key)
+
+    def _understand(self, wire: Wire, headers: Headers, body: bytes) -> Call:
+        if len(body) > MAX_BODY_BYTES:
+            raise wire.too_large()
+        try:
+            fields = json.loads(body)
+        except (ValueError, RecursionError):
+            raise wire.invalid("The request body is not valid JSON.") from None
+        if not isinstance(fields, dict):
+            raise wire.invalid("The request body is not a JSON object.")
+        call = wire.parse(fields, headers)
+        if not self.profile.knows(call.model):
+            raise wire.unknown_model(call.model)
+        return call
+
+    def _run(self, wire: Wire, call: Call, serial: str, identity: dict[str, str], now: float) -> Reply:
+        behaviour = self.profile.behaviour(call.model)
+        self._admit(wire, call, behaviour, identity, now)
+        self._calls += 1
+        fated = fate(self.profile.seed, self._calls, behaviour)
+        _refuse_if_fated(wire, call, behaviour, fated)
+        said = answer(call.model, call.system, call.turns, call.max_tokens, call.stop)
+        bill = self._bill(wire, call, behaviour, said, serial, fated, now)
+        if fated.fault is Fault.HANG:
+            # Nobody can tell when a hanging call is over, so it is billed when it is accepted.
+            self.invoice.add(bill)
+        content = wire.success(bill.id, bill.model, said, bill.tokens, now)
+        return _spoil(Reply(200, to_json(content), identity, fated.latency_seconds, bill=bill), fated.fault)
+
+    def _admit(self, wire: Wire, call: Call, behaviour: Behaviour, headers: dict[str, str], now: float) -> None:
+        """Take the call from the model's requests per minute, and tell the caller in ``headers`` what is left."""
+        limit = behaviour.requests_per_minute
+        if limit is None:
+            return
+        bucket = self._buckets.get(call.model)
+        if bucket is None or bucket.limit != limit:
+            bucket = self._buckets[call.model] = Bucket.full(limit, now)
+        allowance = bucket.take(now)
+        headers.update(wire.limit_headers(allowance, now))
+        if allowance.wait_seconds:
+            raise wire.failure(Fault.RATE_LIMITED, call.model, allowance.wait_seconds)
+
+    def _bill(
+        self, wire: Wire, call: Call, behaviour: Behaviour, said: ModelAnswer, serial: str, fated: Fate, now: float
+    ) -> BilledCall:
+        return BilledCall(
+            id=wire.answer_id(serial),
+            request_id=wire.request_id(serial),
+            time=now,
+            wire=wire.name,
+            requested_model=call.model,
+            model=behaviour.served_as or call.model,
+            outcome=fated.fault.value if fated.fault else "succeeded",
+            tokens=self._tokens(wire, call, count_tokens(said.text), now),
+            price=behaviour.price,
+        )
+
+    def _tokens(self, wire: Wire, call: Call, output_tokens: int, now: float) -> Tokens:
+        if not self.profile.cache:
+            return Tokens(count_prompt_tokens(call.system, call.turns), output_tokens)
+        return self._prefixes.bill(call, output_tokens, now, writes_are_billed=wire.writes_are_billed)
+
+    def _refuse(self, wire: Wire, refusal: Refusal, call: Call | None, headers: dict[str, str], now: float) -> Reply:
+        if refusal.wait_seconds is not None:
+            form = self.profile.behaviour(call.model if call else "").retry_after.form
+            headers.update(retry_after_headers(refusal.wait_seconds, form, now))
+        request_id = headers.get(wire.request_id_header, "")
+        return Reply(refusal.status, to_json(wire.error(refusal, request_id)), headers)
+
+
+def _refuse_if_fated(wire: Wire, call: Call, behaviour: Behaviour, fated: Fate) -> None:
+    """Raise the refusal that fate, or the length of the prompt, has in store; cheap where there is none."""
+    window = behaviour.context_window
+    if fated.fault is Fault.CONTEXT_TOO_LONG or window is not None:
+        prompt_tokens = count_prompt_tokens(call.system, call.turns)
+        if window is not None and prompt_tokens > window:
+            raise wire.too_long(prompt_tokens, window)
+        if fated.fault is Fault.CONTEXT_TOO_LONG:
+            raise wire.too_long(prompt_tokens, prompt_tokens - 1)
+    if fated.fault is not None and not fated.fault.billed:
+        raise wire.failure(fated.fault, call.model, behaviour.retry_after.seconds)
+
+
+def _spoil(reply: Reply, fault: Fault | None) -> Reply:
+    """Return the reply with what a fault does to an answer that was already paid for."""
+    match fault:
+        case Fault.HANG:
+            return replace(reply, ending="hang")
+        case Fault.DISCONNECT:
+            return replace(reply, ending="disconnect")
+        case Fault.TRUNCATED:
+            return replace(reply, body=reply.body[: len(reply.body) // 2])
+        case Fault.MALFORMED:
+            return replace(reply, body=PROXY_ERROR_PAGE, headers={**reply.headers, "content-type": "text/html"})
+        case _:
+            return reply
+
+
+def _without_secrets(headers: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name.lower(): "[hidden]" if any(part in name.lower() for part in _SECRET_HEADER_PARTS) else value
+        for name, value in headers.items()
+    }

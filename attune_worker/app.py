@@ -13,6 +13,8 @@ from kombu.entity import Queue
 
 from attune_worker.settings import Settings
 
+THREAD_POOL = "attune_worker.worker.pool:ThreadPool"
+RESULT_BACKEND = "attune_worker.worker.backend:SharedRedisBackend"
 RUN_JOB = "attune_worker.run_job"
 SUBMIT_JOB = "attune_worker.submit_job"
 
@@ -20,6 +22,7 @@ SUBMIT_JOB = "attune_worker.submit_job"
 def make_app(settings: Settings) -> Celery:
     """Return the Celery app for ``settings``; it connects when it is first used."""
     app = Celery("attune_worker", include=["attune_worker.worker.tasks"])
+    app.loader.override_backends = {"redis": RESULT_BACKEND, "rediss": RESULT_BACKEND}
     app.conf.update(_configuration(settings))
     app.attune_settings = settings
     return app
@@ -75,7 +78,7 @@ _DELIVERY: dict[str, Any] = {
     # A misspelt queue name would otherwise create a queue that nobody drains.
     "task_create_missing_queues": False,
     # Jobs wait on the network, so threads; and none is held back by a worker whose threads are busy.
-    "worker_pool": "threads",
+    "worker_pool": THREAD_POOL,
     "worker_disable_prefetch": True,
     "worker_prefetch_multiplier": 1,
     "worker_disable_rate_limits": True,

@@ -8,6 +8,7 @@ import socket
 
 import click
 
+from attune_worker.app import THREAD_POOL
 from attune_worker.settings import get_settings
 
 FILES_PER_THREAD = 4
@@ -35,11 +36,12 @@ def worker(concurrency: int | None, pool: str, name: str | None, loglevel: str) 
     os.environ.setdefault("CELERY_WORKER_REVOKES_MAX", "2000")
     from attune_worker.celery import app  # Celery reads the variable above when it is imported
 
+    # Celery takes the configured pool for the one asked for when that is "prefork", so it is configured here.
+    app.conf.worker_pool = THREAD_POOL if pool == "threads" else pool
     app.worker_main(
         [
             "worker",
             f"--concurrency={concurrency}",
-            f"--pool={pool}",
             f"--hostname={name or f'attune-{os.getpid()}'}@{socket.gethostname()}",
             f"--loglevel={loglevel}",
             "--without-gossip",

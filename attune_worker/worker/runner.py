@@ -66,7 +66,7 @@ class Runner:
         Raises ``InvalidJobError`` for a job that cannot be accepted.
         """
         [accepted] = self._submission.prepare([fields], task_id)
-        self._records.accept([accepted])
+        self._submission.refuse_conflicts([accepted], self._records.accept([accepted]))
         result = self.run(accepted[0])
         if result.status.ended:
             return result

@@ -18,9 +18,9 @@ from kombu.exceptions import KombuError, OperationalError
 from attune_worker.app import RUN_JOB, make_app
 from attune_worker.errors import ServiceUnavailableError
 from attune_worker.jobs import Job, JobResult, JobStatus
-from attune_worker.results import Inbox, as_completed, await_for, wait_for
+from attune_worker.results import Gathering, Inbox, await_for, wait_for
 from attune_worker.settings import Settings, get_settings, masked
-from attune_worker.store.records import Records
+from attune_worker.store.records import Acceptance, Records
 from attune_worker.submission import Accepted, Submission
 
 T = TypeVar("T")
@@ -59,14 +59,21 @@ class Client:
         """Submit jobs in few round trips, and return their handles in order.
 
         All are validated first: if one cannot be accepted, ``InvalidJobError`` names it by its index
-        and nothing is written.
+        and nothing is written. ``IdempotencyConflictError`` names a key that already belongs to a
+        different job; the other jobs are submitted all the same.
         """
         prepared = self._submission.prepare(list(jobs))
+        accepted: list[Acceptance] = []
         for start in range(0, len(prepared), BATCH):
             batch = prepared[start : start + BATCH]
-            statuses = self.records.accept(batch)
-            self._wake([job for job, status in zip(batch, statuses, strict=True) if status is JobStatus.QUEUED])
+            accepted += self.records.accept(batch)
+            self._wake([job for job, told in zip(batch, accepted[start:], strict=True) if told.wake])
+        self._submission.refuse_conflicts(prepared, accepted)
         return [JobHandle(job_id, self) for job_id, _, _ in prepared]
+
+    def check(self, job: Mapping[str, Any] | Job) -> None:
+        """Raise ``InvalidJobError`` if the job could not be submitted; writes nothing."""
+        self._submission.prepare([job])
 
     def get(self, job_id: str) -> JobHandle:
         """Return the handle of a job that was submitted before, here or elsewhere."""
@@ -94,9 +101,15 @@ class Client:
         Raises ``ResultTimeoutError`` when none has ended for ``timeout`` seconds, and
         ``JobNotFoundError`` for an unknown job.
         """
-        ids = [handle.id for handle in handles]
-        for record in as_completed(self.records, self.inbox, ids, timeout):
-            yield record.to_result()
+        with self.gather() as gathering:
+            gathering.add([handle.id for handle in handles])
+            while gathering.waiting:
+                for record in gathering.ended(timeout):
+                    yield record.to_result()
+
+    def gather(self) -> Gathering:
+        """Return a context in which to wait for many jobs, adding more as others end."""
+        return Gathering(self.records, self.inbox)
 
     def close(self) -> None:
         """Give connections back; the client can be used again."""

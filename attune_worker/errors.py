@@ -47,6 +47,9 @@ class AttuneError(Exception):
         super().__init__(message)
         self.message = message
 
+    def __str__(self) -> str:
+        return self.message
+
 
 class ConfigurationError(AttuneError):
     """Raised when settings cannot be used: the message names the source, the key and what is allowed."""
@@ -84,6 +87,7 @@ class JobNotFoundError(AttuneError):
 
     def __init__(self, job_id: str) -> None:
         super().__init__(f"no job {job_id!r}: it was never accepted here, or its retention time has passed")
+        self.args = (job_id,)  # what pickle and Celery make the error again from
         self.job_id = job_id
 
 
@@ -94,6 +98,7 @@ class ResultTimeoutError(AttuneError, TimeoutError):
 
     def __init__(self, job_id: str, timeout_seconds: float) -> None:
         super().__init__(f"job {job_id} had not ended after {timeout_seconds:g} s; it goes on, ask again later")
+        self.args = (job_id, timeout_seconds)
         self.job_id = job_id
 
 

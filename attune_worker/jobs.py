@@ -32,6 +32,12 @@ from attune_worker.errors import InvalidJobError
 WIRE_VERSION = 1
 """Version of the job record; a reader refuses versions that it does not know."""
 
+MAX_COUNT = 2**31 - 1
+"""Largest number of tokens or milliseconds that a job may ask for; no provider and no clock needs more."""
+
+MAX_DEADLINE_SECONDS = 366 * 86_400.0
+"""A year: Redis keeps a deadline in milliseconds, exactly."""
+
 NANO_USD = Decimal("1e-9")
 """Smallest amount of money that is kept; prices are per million tokens, so a token costs nano-dollars."""
 
@@ -114,9 +120,9 @@ class Job(_Value):
     tier_hint: ModelTier | None = None
     provider_hint: Name | None = None
     max_cost: Annotated[Usd, BeforeValidator(_no_float_dust), Field(ge=0)] | None = None
-    max_latency_ms: int | None = Field(default=None, gt=0)
+    max_latency_ms: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     min_success_rate: float | None = Field(default=None, ge=0, le=1)
-    max_tokens: int | None = Field(default=None, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     temperature: float | None = Field(default=None, ge=0, le=2)
     stop: Annotated[tuple[Name, ...], BeforeValidator(_one_or_many)] = ()
     tenant: Name | None = None
@@ -124,7 +130,7 @@ class Job(_Value):
     session_id: Name | None = None
     idempotency_key: Name | None = None
     priority: int = Field(default=5, ge=0, le=9)
-    deadline_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    deadline_seconds: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_SECONDS, allow_inf_nan=False)
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("metadata")
@@ -183,7 +189,7 @@ class Job(_Value):
         """Read a record's JSON; raises ``InvalidJobError`` for a version or fields it does not know."""
         try:
             fields = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InvalidJobError("the job record is not JSON") from None
         if not isinstance(fields, dict) or fields.pop("v", None) != WIRE_VERSION:
             raise InvalidJobError(f"the job record is not of version {WIRE_VERSION}; upgrade this worker")

@@ -11,11 +11,11 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from queue import Empty, Queue
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 from uuid import uuid4
 
 from redis import Redis
@@ -175,43 +175,87 @@ async def await_for(
         inbox.remove(job_id, tell)
 
 
-def as_completed(
-    records: Records, inbox: Inbox, job_ids: Sequence[str], timeout_seconds: float | None
-) -> Iterator[Record]:
-    """Yield the record of each job when it has ended, in the order of their ends.
+class Gathering:
+    """Waits for many jobs at once, to which more can be added; used as a context."""
 
-    An unknown job is yielded as such. Raises ``ResultTimeoutError`` when nothing has ended for
-    ``timeout_seconds``.
-    """
-    told: Queue[str] = Queue()
-    callbacks = {job_id: partial(told.put, job_id) for job_id in job_ids}
-    for job_id, callback in callbacks.items():
-        inbox.add(job_id, callback)
-    waiting = dict.fromkeys(job_ids)
-    look_at = list(waiting)
-    try:
-        while waiting:
-            for batch in (look_at[start : start + BATCH] for start in range(0, len(look_at), BATCH)):
-                for record in records.watch(batch, inbox.channel):
-                    if record.status.ended or record.status is JobStatus.UNKNOWN:
-                        del waiting[record.job_id]
-                        yield record
-            if waiting:
-                look_at = _next_told(told, waiting, timeout_seconds)
-    finally:
-        for job_id, callback in callbacks.items():
-            inbox.remove(job_id, callback)
+    def __init__(self, records: Records, inbox: Inbox) -> None:
+        self._records = records
+        self._inbox = inbox
+        self._told: Queue[str] = Queue()
+        self._callbacks: dict[str, Callable[[], None]] = {}
+        self._look_at: list[str] = []
+        self._looked = time.monotonic()
 
+    @property
+    def waiting(self) -> int:
+        """How many jobs have not ended yet."""
+        return len(self._callbacks)
 
-def _next_told(told: Queue[str], waiting: Mapping[str, None], timeout_seconds: float | None) -> list[str]:
-    """Return the jobs to look at: those we were told of, or all after a long silence."""
-    patience = RECHECK_SECONDS if timeout_seconds is None else min(RECHECK_SECONDS, timeout_seconds)
-    try:
-        ids = {told.get(timeout=patience)}
-    except Empty:
-        if timeout_seconds is not None and timeout_seconds <= RECHECK_SECONDS:
-            raise ResultTimeoutError(next(iter(waiting)), timeout_seconds) from None
-        return list(waiting)
-    while len(ids) < BATCH and not told.empty():
-        ids.add(told.get_nowait())
-    return [job_id for job_id in ids if job_id in waiting]
+    def add(self, job_ids: Iterable[str]) -> None:
+        """Wait for these jobs too."""
+        for job_id in job_ids:
+            if job_id not in self._callbacks:
+                self._callbacks[job_id] = partial(self._told.put, job_id)
+                self._inbox.add(job_id, self._callbacks[job_id])
+                self._look_at.append(job_id)
+
+    def ended(self, timeout_seconds: float | None = None) -> list[Record]:
+        """Wait until at least one job has ended, and return the records of those that have.
+
+        The record of an unknown job is returned as such. Raises ``ResultTimeoutError`` when none has
+        ended for ``timeout_seconds``.
+        """
+        while self._callbacks:
+            patience = RECHECK_SECONDS if timeout_seconds is None else timeout_seconds
+            if records := self.ended_within(patience):
+                return records
+            if timeout_seconds is not None:
+                raise ResultTimeoutError(next(iter(self._callbacks)), timeout_seconds)
+        return []
+
+    def ended_within(self, seconds: float) -> list[Record]:
+        """Return the records of jobs that have ended, waiting up to ``seconds`` for the first; maybe none."""
+        ends = time.monotonic() + seconds
+        while self._callbacks:
+            if records := self._look():
+                return records
+            left = ends - time.monotonic()
+            if left <= 0:
+                break
+            self._look_at = self._hear(left)
+        return []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for job_id in list(self._callbacks):
+            self._forget(job_id)
+
+    def _look(self) -> list[Record]:
+        found = []
+        for start in range(0, len(self._look_at), BATCH):
+            batch = [job_id for job_id in self._look_at[start : start + BATCH] if job_id in self._callbacks]
+            for record in self._records.watch(batch, self._inbox.channel):
+                if record.status.ended or record.status is JobStatus.UNKNOWN:
+                    self._forget(record.job_id)
+                    found.append(record)
+        self._look_at = []
+        return found
+
+    def _hear(self, patience_seconds: float) -> list[str]:
+        """Return the jobs to look at: those we were told of, or all after a long silence."""
+        try:
+            told = {self._told.get(timeout=patience_seconds)}
+        except Empty:
+            if time.monotonic() - self._looked < RECHECK_SECONDS:
+                return []
+            self._looked = time.monotonic()
+            return list(self._callbacks)
+        self._looked = time.monotonic()
+        while not self._told.empty() and len(told) < BATCH:
+            told.add(self._told.get_nowait())
+        return list(told)
+
+    def _forget(self, job_id: str) -> None:
+        self._inbox.remove(job_id, self._callbacks.pop(job_id))

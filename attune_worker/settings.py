@@ -8,6 +8,7 @@ keys are refused, in the file and in the environment; secrets never print.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from decimal import Decimal
@@ -16,7 +17,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Self
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -85,7 +86,7 @@ class ProviderSettings(_Section):
     @classmethod
     def _is_http(cls, url: str) -> str:
         parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:  # an absurd port raises
             raise ValueError("a base URL starts with http:// or https:// and names a host")
         return url.rstrip("/")
 
@@ -94,7 +95,9 @@ class ProviderSettings(_Section):
         if self.api_key is None:
             return None
         value = self.api_key.get_secret_value()
-        return environ.get(value.removeprefix("env:")) or None if value.startswith("env:") else value or None
+        if value.startswith("env:"):
+            value = environ.get(value.removeprefix("env:"), "")
+        return value.strip() or None  # keys that were read from files end in a line break
 
     def usable(self, environ: Mapping[str, str] = os.environ) -> bool:
         """Whether calls can be made: no key is needed, or there is one."""
@@ -131,15 +134,15 @@ class RetrySettings(_Section):
 
     max_attempts: int = Field(default=4, ge=1, le=20)
     max_attempts_per_model: int = Field(default=2, ge=1, le=20)
-    backoff_seconds: float = Field(default=0.5, ge=0)
-    backoff_cap_seconds: float = Field(default=8.0, ge=0)
+    backoff_seconds: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    backoff_cap_seconds: float = Field(default=8.0, ge=0, allow_inf_nan=False)
 
 
 class HttpSettings(_Section):
     """Limits of one HTTP call, in seconds and bytes; ``proxy`` is the URL of one that all calls go through."""
 
-    connect_timeout_seconds: float = Field(default=5.0, gt=0)
-    request_timeout_seconds: float = Field(default=120.0, gt=0)
+    connect_timeout_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    request_timeout_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     max_response_bytes: int = Field(default=32 * 2**20, gt=0)
     proxy: str | None = None
 
@@ -161,11 +164,11 @@ class Settings(BaseSettings):
     result_backend: SecretStr | None = None
     namespace: str = Field(default="attune", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     queue: str = Field(default="attune", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
-    retention_seconds: int = Field(default=86_400, gt=0)
+    retention_seconds: int = Field(default=86_400, gt=0, le=10 * 366 * 86_400)
     timeout_seconds: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     default_max_tokens: int = Field(default=4096, gt=0)
     concurrency: int = Field(default=500, ge=1, le=10_000)
-    redis_timeout_seconds: float = Field(default=5.0, gt=0)
+    redis_timeout_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     retry: RetrySettings = RetrySettings()
     http: HttpSettings = HttpSettings()
     provider_order: tuple[str, ...] = ("anthropic", "openai", "google")
@@ -195,7 +198,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, _cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  # pydantic-settings fixes the signature
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what the caller passed: ``load`` has already laid the environment over the file."""
         return (init_settings,)
@@ -238,12 +246,15 @@ def provider_kinds() -> tuple[str, ...]:
 
 
 def masked(url: str) -> str:
-    """Return ``url`` without its password, for messages."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+    """Return ``url`` without its password, for messages.
+
+    Cut by hand, because URL parsers give up on passwords with unescaped characters, and know neither
+    several servers in one URL nor ``?password=``.
+    """
+    scheme, _, rest = re.sub(r"(?i)(password=)[^&]*", r"\1***", url).partition("://")
+    credentials, _, host = rest.rpartition("@")
+    user, colon, _ = credentials.partition(":")
+    return f"{scheme}://{user}:***@{host}" if colon else f"{scheme}://{rest}"
 
 
 def _read_file(file: Path | str | None) -> tuple[str, dict[str, Any]]:
@@ -266,16 +277,19 @@ def _read_environ(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, 
     for name in sorted(names):
         top = name.removeprefix(PREFIX).partition("__")[0].lower()
         if top not in cls.model_fields:
-            allowed = [f"{PREFIX}{field.upper()}" for field in cls.model_fields]
-            close = get_close_matches(name, allowed, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}"
+            close = get_close_matches(top, cls.model_fields, n=1)
+            allowed = ", ".join(f"{PREFIX}{field.upper()}" for field in cls.model_fields)
+            hint = f"did you mean {PREFIX}{close[0].upper()}?" if close else f"allowed: {allowed}"
             raise ConfigurationError(f"environment {name}: unknown setting; {hint}")
     source = EnvSettingsSource(cls, case_sensitive=False)
-    source.env_vars = {name.lower(): environ[name] for name in names}
-    try:
-        return source()
-    except (SettingsError, ValueError) as error:
-        raise ConfigurationError(f"environment {', '.join(sorted(names))}: {error}") from None
+    values: dict[str, Any] = {}
+    for name in sorted(names):  # one by one, so that an error can name the variable
+        source.env_vars = {name.lower(): environ[name]}
+        try:
+            values = _laid_over(values, source())
+        except (SettingsError, ValueError):
+            raise ConfigurationError(f"environment {name}: it should be valid JSON") from None
+    return values
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,12 +309,20 @@ def _explain(error: ValidationError, path: str, in_environ: Mapping[str, Any]) -
         keys = head.split(".")
     if first["type"] == "extra_forbidden":
         message = _unknown_key(keys)
+    return f"{_origin(keys, path, in_environ)}: {message}"
+
+
+def _origin(keys: list[str], path: str, in_environ: Mapping[str, Any]) -> str:
+    """Return the variable that a value came from, with the way to it inside the variable's JSON, else file and key."""
     found: Any = in_environ
-    for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    if found is not None:
-        return f"environment {PREFIX}{'__'.join(keys).upper()}: {message}"
-    return f"{path}: {'.'.join(keys)}: {message}"
+    depth = 0
+    while depth < len(keys) and isinstance(found, Mapping) and keys[depth] in found:
+        found = found[keys[depth]]
+        depth += 1
+    if depth < len(keys) and isinstance(found, Mapping):
+        return f"{path}: {'.'.join(keys)}"
+    variable = f"environment {PREFIX}{'__'.join(keys[:depth]).upper()}"
+    return f"{variable}: {'.'.join(keys[depth:])}" if depth < len(keys) else variable
 
 
 def _unknown_key(keys: list[str]) -> str:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from attune_worker.errors import InvalidJobError
+from attune_worker.errors import IdempotencyConflictError, InvalidJobError
 from attune_worker.jobs import Job
 from attune_worker.models.registry import Registry
 from attune_worker.models.routing import check
 from attune_worker.settings import Settings
 from attune_worker.store.keys import idempotent_job_id, new_job_id
+from attune_worker.store.records import Acceptance
 
 Accepted = tuple[str, Job, str]
 """A job's id, the job, and its JSON."""
@@ -40,6 +41,17 @@ class Submission:
         if job.idempotency_key is not None:
             job_id = idempotent_job_id(self._settings.namespace, job.tenant, job.idempotency_key)
         return job_id or new_job_id(), job, text
+
+    def refuse_conflicts(self, jobs: Sequence[Accepted], accepted: Sequence[Acceptance]) -> None:
+        """Raise ``IdempotencyConflictError`` for the first job whose key already belongs to a different one."""
+        for index, ((_, job, _), acceptance) in enumerate(zip(jobs, accepted, strict=True)):
+            if acceptance.conflict:
+                raise IdempotencyConflictError(
+                    f"'idempotency_key': {job.idempotency_key!r} already belongs to a different job; "
+                    "use a new key for a new job",
+                    field="idempotency_key",
+                    index=index if len(jobs) > 1 else None,
+                )
 
     @cached_property
     def _registry(self) -> Registry:

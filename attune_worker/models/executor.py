@@ -214,12 +214,12 @@ class EmpathyLLMExecutor:
         while True:
             remaining = ends - time.monotonic()
             step = next_call(models, failures, self.settings.retry, remaining, random.random)
-            if step is None:
+            if step is None and (remaining > 0 or not failures[-1].error.retryable):
                 raise _with_attempts(failures[-1].error, attempts)
-            if step.wait_seconds:
+            if step is not None and step.wait_seconds:
                 yield Wait(step.wait_seconds)
             remaining = ends - time.monotonic()
-            if remaining <= 0:
+            if step is None or remaining <= 0:
                 raise DeadlineExceededError("the time for this job was up before an answer came", attempts=attempts)
             outcome, attempt = yield from self._call(job, step.model, remaining)
             attempts.append(attempt)
@@ -272,7 +272,9 @@ def _job(
         for name, source in _OVERRIDES.items():
             if (value := getattr(context, source)) is not None:
                 fields[name] = value
-    return Job.parse(fields | options)
+    job = Job.parse(fields | options)
+    job.to_json()  # refuses text that could not be sent
+    return job
 
 
 def _time_for(job: Job, context: ExecutionContext | None) -> float | None:

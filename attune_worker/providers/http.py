@@ -11,6 +11,7 @@ from __future__ import annotations
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -82,15 +83,23 @@ class HttpSender:
 
     @property
     def _transport(self) -> httpx.HTTPTransport:
-        transport: httpx.HTTPTransport | None = getattr(self._local, "transport", None)
-        if transport is None:
-            transport = httpx.HTTPTransport(verify=self._tls, limits=LIMITS, proxy=self._settings.proxy)
-            self._local.transport = transport
-        return transport
+        own: _OwnTransport | None = getattr(self._local, "own", None)
+        if own is None:
+            own = _OwnTransport(httpx.HTTPTransport(verify=self._tls, limits=LIMITS, proxy=self._settings.proxy))
+            self._local.own = own
+        return own.transport
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
         return httpx.create_ssl_context()
+
+
+class _OwnTransport:
+    """One thread's transport; its connections are closed when the thread ends, or the sender goes."""
+
+    def __init__(self, transport: httpx.HTTPTransport) -> None:
+        self.transport = transport
+        weakref.finalize(self, transport.close)
 
 
 @contextmanager

@@ -34,8 +34,11 @@ def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Re
             health_check_interval=25,
             retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3),
         )
-    except ValueError as error:
-        raise ConfigurationError(f"redis_url: {error}") from None
+    except ValueError:  # its words may quote the password
+        raise ConfigurationError(
+            "redis_url: it should be like redis://:password@host:6379/0, rediss://… or unix://…, "
+            "with special characters in the password percent-encoded"
+        ) from None
     return Redis(connection_pool=pool)
 
 

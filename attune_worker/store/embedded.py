@@ -7,12 +7,14 @@ its data in a folder (append-only file), and ends with its owner.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +29,9 @@ from attune_worker.errors import ServiceUnavailableError
 
 START_SECONDS = 15.0
 STOP_SECONDS = 15.0
+
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 _CONFIGURATION = """\
 bind 127.0.0.1
@@ -115,10 +120,13 @@ class EmbeddedRedis:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for us; the server must outlive the workers
+            preexec_fn=end_with_owner,  # noqa: PLW1509  # one system call, which takes no lock
         )
         assert process.stdin is not None  # noqa: S101  # it is a pipe
         with process.stdin:
-            process.stdin.write(_CONFIGURATION.format(port=port, password=self._password, folder=self.folder).encode())
+            folder = str(self.folder).replace("\\", "\\\\").replace('"', '\\"')
+            configuration = _CONFIGURATION.format(port=port, password=self._password, folder=folder)
+            process.stdin.write(configuration.encode())
         return process
 
     def _answers(self, port: int) -> bool:
@@ -135,6 +143,12 @@ class EmbeddedRedis:
                 redis.close()
                 return True
         return False
+
+
+def end_with_owner() -> None:
+    """Have the kernel end this process when the one that started it dies, however that dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

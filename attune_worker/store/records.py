@@ -9,7 +9,7 @@ from math import ceil
 
 from redis import Redis
 
-from attune_worker.errors import IdempotencyConflictError, JobNotFoundError
+from attune_worker.errors import JobNotFoundError
 from attune_worker.jobs import Job, JobError, JobResult, JobStatus
 from attune_worker.settings import Settings
 from attune_worker.store.connection import connect, reaching
@@ -24,6 +24,14 @@ WATCH = Script("watch")
 
 WAITER_SECONDS = 3600
 """How long a waiting client is remembered; one that waits longer says so again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What ACCEPT said of a job. ``conflict``: its id belongs to a different job; ``wake``: a wake-up is due."""
+
+    conflict: bool
+    wake: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +89,11 @@ class Records:
         self._settings = settings
         self._redis = redis or connect(settings)
 
-    def accept(self, jobs: Sequence[tuple[str, Job, str]]) -> list[JobStatus]:
-        """Write the records of ``(job id, job, its JSON)`` and return where each now is.
-
-        Raises ``IdempotencyConflictError`` when an id already belongs to a different job; the other
-        jobs are accepted all the same.
-        """
+    def accept(self, jobs: Sequence[tuple[str, Job, str]]) -> list[Acceptance]:
+        """Write the records of ``(job id, job, its JSON)`` in one round trip, and return what became of each."""
         with reaching(self._settings):
             answers = ACCEPT.many(self._redis, [self._accept_call(*job) for job in jobs])
-        for index, ((_, job, _), (verdict, _)) in enumerate(zip(jobs, answers, strict=True)):
-            if verdict == b"conflict":
-                raise IdempotencyConflictError(
-                    f"'idempotency_key': {job.idempotency_key!r} already belongs to a different job; "
-                    "use a new key for a new job",
-                    field="idempotency_key",
-                    index=index if len(jobs) > 1 else None,
-                )
-        return [JobStatus(state.decode()) for _, state in answers]
+        return [Acceptance(conflict=verdict == b"conflict", wake=bool(due)) for verdict, due in answers]
 
     def _accept_call(self, job_id: str, job: Job, text: str) -> tuple[Sequence[str], Sequence[Argument]]:
         keys = self._keys(job_id)

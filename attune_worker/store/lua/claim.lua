@@ -1,23 +1,25 @@
--- CLAIM: take a queued job for one worker. A job that ended, or runs already, is left alone.
+-- CLAIM: take a job for one worker: one that is queued, or whose worker let its lease run out.
+-- A job that has ended, or runs elsewhere under a live lease, is left alone.
 -- Repeatable by the same owner, so that an answer lost on the network does not lose the job.
 --
 -- KEYS  1 record  2 queued index  3 running index  4 waiters
 -- ARGV  1 job id  2 owner (unique to this delivery)  3 lease in ms  4 retention in seconds
 -- Returns {'claimed', fence, job JSON, accepted_ms, now_ms, deadline_ms (0: none)}
 --      or {state} with the state that forbids it; 'unknown' when there is no record.
-local state, owner, deadline_ms, accepted_ms, job =
-  unpack(redis.call('HMGET', KEYS[1], 'state', 'owner', 'deadline_ms', 'accepted_ms', 'job'))
+local state, owner, lease_ms, deadline_ms, accepted_ms, job =
+  unpack(redis.call('HMGET', KEYS[1], 'state', 'owner', 'lease_ms', 'deadline_ms', 'accepted_ms', 'job'))
 if not state then
   return { 'unknown' }
 end
+local now_ms = now_in_ms()
 local again = state == 'running' and owner == ARGV[2]
-if state ~= 'queued' and not again then
+local abandoned = state == 'running' and now_ms >= tonumber(lease_ms)
+if state ~= 'queued' and not again and not abandoned then
   return { state }
 end
 deadline_ms = tonumber(deadline_ms)
-local now_ms = now_in_ms()
 if not again and deadline_ms > 0 and now_ms >= deadline_ms then
-  end_job(KEYS[1], KEYS[2], KEYS[4], ARGV[1], 'expired', now_ms, ARGV[4])
+  end_job(KEYS[1], abandoned and KEYS[3] or KEYS[2], KEYS[4], ARGV[1], 'expired', now_ms, ARGV[4])
   return { 'expired' }
 end
 local fence = redis.call('HGET', KEYS[1], 'fence')

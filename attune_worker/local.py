@@ -10,14 +10,54 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from attune_worker.errors import AttuneError
+from attune_worker.errors import AttuneError, ServiceUnavailableError
+from attune_worker.settings import DEFAULT_PROVIDERS, Settings, masked
+from attune_worker.store.connection import connect, reaching
+from attune_worker.store.embedded import EmbeddedRedis, end_with_owner
 
 STOP_SECONDS = 30.0
+
+
+@contextmanager
+def local_environment(
+    environ: Mapping[str, str], folder: Path, say: Callable[[str], object]
+) -> Iterator[dict[str, str]]:
+    """Yield ``environ`` with a Redis that can be reached: the configured one, else a private one in ``folder``.
+
+    ``say`` is told which of them it is. Raises ``ServiceUnavailableError`` when there is neither.
+    """
+    settings = Settings.load(environ=environ)
+    try:
+        with closing(connect(settings)) as redis, reaching(settings):
+            redis.ping()
+    except ServiceUnavailableError as error:
+        if "redis_url" in settings.model_fields_set:
+            raise  # a Redis was asked for by name; to use another one instead would surprise
+        say(f"No Redis at {error.url}: starting a private one.")
+    else:
+        say(f"Using Redis at {masked(settings.redis_url.get_secret_value())}.")
+        yield dict(environ)
+        return
+    with EmbeddedRedis(folder / "redis") as redis_server:
+        services = {"ATTUNE_REDIS_URL", "ATTUNE_BROKER_URL", "ATTUNE_RESULT_BACKEND"}
+        private = {name: value for name, value in environ.items() if name not in services}
+        yield private | {"ATTUNE_REDIS_URL": redis_server.url}
+
+
+def simulated_providers(anthropic_url: str, openai_url: str) -> dict[str, str]:
+    """Return the environment variables that point every default provider at a simulator."""
+    pointed = {}
+    for name, provider in DEFAULT_PROVIDERS.items():
+        prefix = f"ATTUNE_PROVIDERS__{name.upper()}__"
+        pointed[f"{prefix}BASE_URL"] = anthropic_url if provider["kind"] == "anthropic" else openai_url
+        pointed[f"{prefix}API_KEY"] = "simulated"
+    return pointed
 
 
 class LocalWorker:
@@ -42,6 +82,7 @@ class LocalWorker:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for us: we stop the workers in good order
+                preexec_fn=end_with_owner,  # noqa: PLW1509  # one system call, which takes no lock
             )
 
     def check(self) -> None:

@@ -15,11 +15,8 @@ from attune_worker.errors import AttuneError
 
 COMMANDS = {
     "demo": "attune_worker.cli.demo:demo",
-    "jobs": "attune_worker.cli.jobs:jobs",
-    "models": "attune_worker.cli.models:models",
     "run": "attune_worker.cli.run:run",
     "simulator": "attune_worker.cli.simulator:simulator",
-    "submit": "attune_worker.cli.jobs:submit",
     "worker": "attune_worker.cli.worker:worker",
 }
 """Commands by name, and where each lives; its module is loaded when it is used."""

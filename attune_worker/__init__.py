@@ -10,21 +10,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attune_worker.client import AsyncClient, AsyncJobHandle, Client, JobHandle, result
-    from attune_worker.errors import (
-        AttuneError,
-        ConfigurationError,
-        InvalidJobError,
-        JobNotFoundError,
-        ResultTimeoutError,
-        ServiceUnavailableError,
-    )
-    from attune_worker.jobs import Attempt, Job, JobResult, JobStatus, Message, ModelTier, Usage
-    from attune_worker.models.executor import EmpathyLLMExecutor, ExecutionContext, LLMResponse
-    from attune_worker.models.pricing import get_pricing_for_model
-    from attune_worker.models.registry import ModelInfo, get_all_models, get_model
-    from attune_worker.models.task_types import TaskType, get_tier_for_task, is_known_task
-    from attune_worker.settings import Settings, get_settings
+    from attune_worker.client import AsyncClient as AsyncClient
+    from attune_worker.client import AsyncJobHandle as AsyncJobHandle
+    from attune_worker.client import Client as Client
+    from attune_worker.client import JobHandle as JobHandle
+    from attune_worker.client import result as result
+    from attune_worker.errors import AttuneError as AttuneError
+    from attune_worker.errors import ConfigurationError as ConfigurationError
+    from attune_worker.errors import InvalidJobError as InvalidJobError
+    from attune_worker.errors import JobNotFoundError as JobNotFoundError
+    from attune_worker.errors import ResultTimeoutError as ResultTimeoutError
+    from attune_worker.errors import ServiceUnavailableError as ServiceUnavailableError
+    from attune_worker.jobs import Attempt as Attempt
+    from attune_worker.jobs import Job as Job
+    from attune_worker.jobs import JobResult as JobResult
+    from attune_worker.jobs import JobStatus as JobStatus
+    from attune_worker.jobs import Message as Message
+    from attune_worker.jobs import ModelTier as ModelTier
+    from attune_worker.jobs import Usage as Usage
+    from attune_worker.models.executor import EmpathyLLMExecutor as EmpathyLLMExecutor
+    from attune_worker.models.executor import ExecutionContext as ExecutionContext
+    from attune_worker.models.executor import LLMResponse as LLMResponse
+    from attune_worker.models.pricing import get_pricing_for_model as get_pricing_for_model
+    from attune_worker.models.registry import ModelInfo as ModelInfo
+    from attune_worker.models.registry import get_all_models as get_all_models
+    from attune_worker.models.registry import get_model as get_model
+    from attune_worker.models.task_types import TaskType as TaskType
+    from attune_worker.models.task_types import get_tier_for_task as get_tier_for_task
+    from attune_worker.models.task_types import is_known_task as is_known_task
+    from attune_worker.settings import Settings as Settings
+    from attune_worker.settings import get_settings as get_settings
 
 _HOME = {
     "client": ("AsyncClient", "AsyncJobHandle", "Client", "JobHandle", "result"),

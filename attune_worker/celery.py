@@ -13,4 +13,6 @@ try:
 except ConfigurationError as error:
     if click.get_current_context(silent=True) is None:
         raise
-    raise click.UsageError(error.message) from None  # one line and exit code 2, under Celery's command line
+    # Celery's command line would wrap any exception in a traceback; this is one line, and exit code 2.
+    click.echo(f"Error: {error}", err=True)
+    raise SystemExit(error.exit_code) from None

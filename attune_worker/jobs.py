@@ -102,7 +102,8 @@ class Job(_Value):
     Give either ``prompt`` or ``messages``. ``task_type`` decides the tier unless ``tier_hint`` or
     ``model`` says otherwise; ``workflow`` and ``stage`` name the place in the caller's program, for
     routing and reports (``stage`` defaults to the task type). ``max_cost`` is in USD for the whole
-    job, ``max_latency_ms`` and ``min_success_rate`` (0 to 1) steer adaptive routing.
+    job. ``max_latency_ms`` and ``min_success_rate`` (0 to 1) are for adaptive routing, and have no
+    effect while routing is static.
     ``priority`` runs from 0 (first) to 9 (last). ``deadline_seconds`` counts from submission.
     ``idempotency_key`` makes submission repeatable: same tenant, same key, same job.
     ``metadata`` is any JSON object; it comes back with the result and is never sent to a provider.

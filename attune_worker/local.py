@@ -82,7 +82,7 @@ class LocalWorker:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for us: we stop the workers in good order
-                preexec_fn=end_with_owner,  # noqa: PLW1509  # one system call, which takes no lock
+                preexec_fn=end_with_owner(),  # noqa: PLW1509  # one system call, which takes no lock
             )
 
     def check(self) -> None:

@@ -79,8 +79,10 @@ class Inbox:
                 self._callbacks.pop(job_id, None)
 
     def close(self) -> None:
-        """Stop listening."""
-        self._closed.set()
+        """Stop listening; the next ``add`` begins anew."""
+        with self._lock:
+            self._closed.set()
+            self._process = 0
 
     def _open(self) -> None:
         self._callbacks.clear()

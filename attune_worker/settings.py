@@ -126,6 +126,9 @@ class ModelSettings(_Section):
     def _prices_are_whole(self) -> Self:
         if (self.input_cost_per_million is None) != (self.output_cost_per_million is None):
             raise ValueError("input_cost_per_million and output_cost_per_million go together")
+        own = self.cache_read_cost_per_million is not None or self.cache_write_cost_per_million is not None
+        if own and self.input_cost_per_million is None:
+            raise ValueError("prices of cached tokens need input_cost_per_million and output_cost_per_million too")
         return self
 
 
@@ -191,6 +194,9 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _providers_exist(self) -> Self:
         known = ", ".join(sorted(self.providers))
+        for name in self.provider_order:
+            if name not in self.providers:
+                raise ValueError(f"provider_order: {name!r} is not a provider; configured: {known}")
         for index, model in enumerate(self.models):
             if model.provider not in self.providers:
                 raise ValueError(f"models.{index}.provider: {model.provider!r} is not a provider; configured: {known}")

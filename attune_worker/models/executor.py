@@ -198,19 +198,27 @@ class EmpathyLLMExecutor:
             return (
                 f"has no API key (set {source.removeprefix('env:')})" if source.startswith("env:") else "has no API key"
             )
+        return self._too_dear(job, model, Decimal(0))
+
+    def _too_dear(self, job: Job, model: ModelInfo, spent: Decimal) -> str | None:
+        """Say why a call could take the job over its ``max_cost`` when ``spent`` USD are gone already, or None."""
         if job.max_cost is None:
             return None
-        tokens = estimate_tokens(job.text_bytes)
-        worst = worst_case_cost(model, tokens, output_limit(job, model, self.settings.default_max_tokens))
+        worst = self._worst_case(job, model)
         if worst is None:
             return "its price is unknown, so max_cost cannot be kept"
-        return f"may cost ${worst:f}, over max_cost" if worst > job.max_cost else None
+        return f"may cost ${worst:f}, over max_cost" if spent + worst > job.max_cost else None
+
+    def _worst_case(self, job: Job, model: ModelInfo) -> Decimal | None:
+        tokens = estimate_tokens(job.text_bytes)
+        return worst_case_cost(model, tokens, output_limit(job, model, self.settings.default_max_tokens))
 
     def _flow(self, job: Job, timeout_seconds: float | None) -> Flow:
         ends = time.monotonic() + (_shortest(timeout_seconds, self.settings.timeout_seconds) or 0)
         models = self._candidates(job)
         failures: list[Failure] = []
         attempts: list[Attempt] = []
+        spent = Decimal(0)
         while True:
             remaining = ends - time.monotonic()
             step = next_call(models, failures, self.settings.retry, remaining, random.random)
@@ -227,6 +235,8 @@ class EmpathyLLMExecutor:
                 return _response(job, outcome, attempts)
             logger.debug("%s on %s failed: %s", job.task_type, step.model.id, outcome)
             failures.append(Failure(step.model, outcome))
+            spent += (self._worst_case(job, step.model) or 0) if attempt.cost_usd is None else attempt.cost_usd
+            models = tuple(model for model in models if self._too_dear(job, model, spent) is None)
 
     def _call(
         self, job: Job, model: ModelInfo, remaining_seconds: float

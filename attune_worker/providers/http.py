@@ -8,6 +8,7 @@ flows have no place here and cost about as much CPU as the call itself.
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import threading
 import time
@@ -56,7 +57,10 @@ class HttpSender:
         """Send as ``send`` does, without blocking the event loop."""
         deadline = time.monotonic() + timeout_seconds
         with _failures_named():
-            async with httpx.AsyncHTTPTransport(verify=self._tls, proxy=self._settings.proxy) as transport:
+            async with (
+                asyncio.timeout(timeout_seconds),
+                httpx.AsyncHTTPTransport(verify=self._tls, proxy=self._settings.proxy) as transport,
+            ):
                 response = await transport.handle_async_request(self._prepared(request, timeout_seconds))
                 body = bytearray()
                 async for chunk in response.aiter_bytes():
@@ -109,7 +113,7 @@ def _failures_named() -> Iterator[None]:
         yield
     except httpx.ConnectTimeout:
         raise _uncharged(ProviderTimeoutError("no connection within the connect timeout")) from None
-    except httpx.TimeoutException as error:
+    except (httpx.TimeoutException, TimeoutError) as error:
         raise ProviderTimeoutError(f"no complete answer in time ({type(error).__name__})") from None
     except (httpx.ConnectError, httpx.UnsupportedProtocol, httpx.ProxyError) as error:
         raise _uncharged(ProviderConnectionError(f"no connection ({error})")) from None

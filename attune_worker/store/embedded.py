@@ -15,7 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -120,7 +122,7 @@ class EmbeddedRedis:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for us; the server must outlive the workers
-            preexec_fn=end_with_owner,  # noqa: PLW1509  # one system call, which takes no lock
+            preexec_fn=end_with_owner(),  # noqa: PLW1509  # one system call, which takes no lock
         )
         assert process.stdin is not None  # noqa: S101  # it is a pipe
         with process.stdin:
@@ -145,10 +147,15 @@ class EmbeddedRedis:
         return False
 
 
-def end_with_owner() -> None:
-    """Have the kernel end this process when the one that started it dies, however that dies (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_owner() -> Callable[[], None] | None:
+    """Return what a child process runs first, so that the kernel ends it when its owner dies, however that dies.
+
+    Linux only, and only for a child that the main thread starts: the kernel goes by the thread.
+    """
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

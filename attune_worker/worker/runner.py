@@ -43,6 +43,10 @@ class Runner:
         self._inbox = Inbox(settings)
         self._executor = EmpathyLLMExecutor(settings)
 
+        for name, provider in settings.providers.items():
+            if provider.requests_per_minute or provider.tokens_per_minute:
+                logger.warning("providers.%s: requests_per_minute and tokens_per_minute are not enforced yet", name)
+
     def run(self, job_id: str) -> JobResult:
         """Run the job unless it has ended or runs elsewhere, and return where it stands then.
 

@@ -1,0 +1,132 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from decimal import Decimal
+
+import httpx
+import psutil
+import pytest
+
+COMMAND = [sys.executable, "-m", "attune_worker"]
+PROVIDER_KEYS = {"ANTHROPIC_API_KEY", "OPENAI_API_KEY", "GEMINI_API_KEY"}
+
+
+@pytest.fixture
+def environ():
+    """The environment of a newcomer: no setting of ours, no provider's key."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("ATTUNE_") and name not in PROVIDER_KEYS
+    }
+
+
+def command(environ, *arguments, **options):
+    """Run a command to its end."""
+    return subprocess.run(
+        [*COMMAND, *arguments], env=environ, capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def test_the_demo_needs_nothing_and_its_costs_equal_the_invoice(environ, tmp_path):
+    """From an empty folder and an empty environment to answers for every job, exact to the nano-dollar."""
+    ran = command(environ, "demo", "--json", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    assert {job["status"] for job in said["jobs"]} == {"succeeded"}
+    assert {job["tier"] for job in said["jobs"]} == {"cheap", "capable"}
+    assert said["total_usd"] == said["invoice_usd"]
+    assert sum(Decimal(job["cost_usd"]) for job in said["jobs"]) == Decimal(said["invoice_usd"]) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_shows_a_table_and_says_which_provider_it_asked(environ, tmp_path):
+    """What a newcomer reads: the simulator was asked, and both totals."""
+    ran = command({**environ, "ANTHROPIC_API_KEY": "sk-real"}, "demo", "--simulator", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "no real provider is called" in ran.stdout
+    assert "the same to the nano-dollar" in ran.stdout
+    assert "sk-real" not in ran.stdout + ran.stderr
+
+
+def test_the_demo_cleans_up_after_ctrl_c(environ, tmp_path):
+    """Redis and the worker that it started are gone when it is."""
+    process = subprocess.Popen(
+        [*COMMAND, "demo"], env=environ, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    ends = time.monotonic() + 60
+    while len(family := psutil.Process(process.pid).children(recursive=True)) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+def test_a_wrong_setting_ends_every_command_with_one_line_and_code_2(environ, tmp_path):
+    """The line names file, key and what is allowed; Celery's own command line says the same."""
+    (tmp_path / "attune.toml").write_text('[[models]]\nid = "m"\nprovider = "openai"\ntier = "cheep"\n')
+    told = "attune.toml: models.0.tier: it should be 'cheap', 'capable' or 'premium'"
+    for ran in (
+        command(environ, "worker", cwd=tmp_path),
+        command(environ, "demo", cwd=tmp_path),
+        subprocess.run(
+            [sys.executable, "-m", "celery", "-A", "attune_worker", "worker"],
+            env=environ,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        ),
+    ):
+        assert ran.returncode == 2
+        assert told in ran.stderr
+        assert "Traceback" not in ran.stderr
+
+
+def test_the_same_group_is_mounted_under_celery(environ):
+    """``celery -A attune_worker attune`` lists our commands."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "attune_worker", "attune", "--help"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0
+    for name in ("demo", "run", "simulator", "worker"):
+        assert f"\n  {name} " in ran.stdout
+
+
+def test_a_wrong_command_is_answered_with_the_right_ones(environ):
+    """Exit code 2, and the names there are."""
+    ran = command(environ, "wroker")
+    assert ran.returncode == 2
+    assert "demo, run, simulator, worker" in ran.stderr
+
+
+@pytest.mark.parametrize("name", ["demo", "run", "simulator", "worker"])
+def test_every_command_has_an_example(environ, name):
+    """``--help`` shows how the command is used."""
+    assert f"Example: attune-worker {name}" in command(environ, name, "--help").stdout
+
+
+def test_the_simulator_says_where_it_listens_and_ends_on_sigterm(environ):
+    """The printed URL answers."""
+    process = subprocess.Popen(
+        [*COMMAND, "simulator", "--port", "0"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        url = process.stdout.readline().split()[-1]
+        assert httpx.get(f"{url}/_sim/health").status_code == 200
+    finally:
+        process.terminate()
+    assert process.wait(20) == 0
+    process.stdout.close()

@@ -26,19 +26,20 @@ STOP_SECONDS = 30.0
 
 @contextmanager
 def local_environment(
-    environ: Mapping[str, str], folder: Path, say: Callable[[str], object]
+    environ: Mapping[str, str], folder: Path, say: Callable[[str], object], *, insist: bool
 ) -> Iterator[dict[str, str]]:
     """Yield ``environ`` with a Redis that can be reached: the configured one, else a private one in ``folder``.
 
-    ``say`` is told which of them it is. Raises ``ServiceUnavailableError`` when there is neither.
+    ``say`` is told which of them it is. With ``insist`` a Redis that was configured and is away is not
+    replaced: ``ServiceUnavailableError`` is raised, as when no private one can be started.
     """
     settings = Settings.load(environ=environ)
     try:
         with closing(connect(settings)) as redis, reaching(settings):
             redis.ping()
     except ServiceUnavailableError as error:
-        if "redis_url" in settings.model_fields_set:
-            raise  # a Redis was asked for by name; to use another one instead would surprise
+        if insist and "redis_url" in settings.model_fields_set:
+            raise
         say(f"No Redis at {error.url}: starting a private one.")
     else:
         say(f"Using Redis at {masked(settings.redis_url.get_secret_value())}.")

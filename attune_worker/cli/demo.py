@@ -67,7 +67,7 @@ def demo(*, simulated: bool, as_json: bool) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="attune-demo-")))
         environ, simulator = stack.enter_context(_providers(os.environ, console, simulated=simulated))
-        environ = stack.enter_context(local_environment(environ, folder, console.print))
+        environ = stack.enter_context(local_environment(environ, folder, console.print, insist=False))
         client = stack.enter_context(Client(Settings.load(environ=environ)))
         fleet = stack.enter_context(LocalFleet(1, environ, folder, concurrency=CONCURRENCY))
         labels, results = _run(client, fleet, console)

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -249,7 +249,7 @@ def _fleet(local: int | None, concurrency: int, console: Console) -> Iterator[tu
         return
     with tempfile.TemporaryDirectory(prefix="attune-run-") as name, ExitStack() as stack:
         folder = Path(name)
-        environ: Mapping[str, str] = stack.enter_context(local_environment(os.environ, folder, console.print))
+        environ = stack.enter_context(local_environment(os.environ, folder, console.print, insist=True))
         with LocalFleet(local, environ, folder, concurrency=concurrency) as fleet:
             try:
                 yield Settings.load(environ=environ), fleet

@@ -54,7 +54,7 @@ class HttpSender:
         return HttpResponse(response.status_code, _lowered(response), bytes(body))
 
     async def asend(self, request: HttpRequest, timeout_seconds: float) -> HttpResponse:
-        """Send as ``send`` does, without blocking the event loop."""
+        """Send as ``send`` does, without blocking the event loop, over a connection of its own."""
         deadline = time.monotonic() + timeout_seconds
         with _failures_named():
             async with (

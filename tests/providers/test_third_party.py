@@ -69,7 +69,7 @@ def test_an_installed_package_adds_a_provider_by_its_entry_point(tmp_path, simul
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    usage = simulator.invoice()["calls"][0]
+    usage = simulator.invoice()["calls"][0]["usage"]
     expected = (usage["input_tokens"] + 2 * usage["output_tokens"]) / 1_000_000
     text, cost = ran.stdout.rsplit(" zoo ")
     assert text.startswith("parrot: Polly.")

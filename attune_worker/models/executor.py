@@ -233,7 +233,7 @@ class EmpathyLLMExecutor:
             attempts.append(attempt)
             if isinstance(outcome, Answer):
                 return _response(job, outcome, attempts)
-            logger.debug("%s on %s failed: %s", job.task_type, step.model.id, outcome)
+            logger.debug("%s on %s failed: %s", job.task_type, step.model.ref, outcome.type)
             failures.append(Failure(step.model, outcome))
             spent += (self._worst_case(job, step.model) or 0) if attempt.cost_usd is None else attempt.cost_usd
             models = tuple(model for model in models if self._too_dear(job, model, spent) is None)

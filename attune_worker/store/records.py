@@ -118,7 +118,7 @@ class Records:
         if answer[0] != b"claimed":
             return JobStatus(answer[0].decode())
         _, fence, job, accepted_ms, claimed_ms, deadline_ms = answer
-        return Claim(fence, job.decode(), accepted_ms, claimed_ms, deadline_ms)
+        return Claim(fence, (job or b"").decode(errors="replace"), accepted_ms, claimed_ms, deadline_ms)
 
     def finish(self, fence: int, result: JobResult) -> bool:
         """Write how a job ended; False when another worker holds the job by now and this end does not count."""

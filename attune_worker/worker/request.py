@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from celery.worker.request import Request
 
 HIDDEN = "(...)"
+
+# At debug level, every pool of Celery's would write the arguments of each task that it is given.
+logging.getLogger("celery.pool").setLevel(logging.INFO)
 
 
 class QuietRequest(Request):  # type: ignore[misc]  # celery has no type information

@@ -1,9 +1,10 @@
 import asyncio
 import gzip
-import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def answers(*parts: bytes) -> Callable[[socket.socket], None]:
 
 
 def drips(first: bytes, drop: bytes) -> Callable[[socket.socket], None]:
-    """Send a drop again and again, each long before any timeout of a single read, until nobody listens; then hang up."""
+    """Send drop after drop, each in time for a read, until nobody listens or there are no more."""
 
     def script(connection: socket.socket) -> None:
         connection.sendall(first)
@@ -117,7 +118,7 @@ def test_answer_that_drips_is_cut_off_at_the_deadline(
 def test_silence_is_a_timeout_that_may_have_cost(send: Send, raw_server: Any) -> None:
     """The request arrived, so the model may have run."""
     hold = threading.Event()
-    server = raw_server(lambda connection: hold.wait(20))
+    server = raw_server(lambda _: hold.wait(20))
     error = error_of(send, server.url, 0.2)
     hold.set()
     assert isinstance(error, ProviderTimeoutError)
@@ -199,11 +200,9 @@ def test_connection_is_used_again_within_a_thread(raw_server: Any) -> None:
 
 def open_sockets() -> int:
     links = []
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{entry}"))
-        except OSError:
-            continue
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # closed since
+            links.append(str(entry.readlink()))
     return sum(link.startswith("socket:") for link in links)
 
 

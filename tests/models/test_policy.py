@@ -1,0 +1,185 @@
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attune_worker.errors import (
+    BadRequestError,
+    ContextTooLongError,
+    CredentialError,
+    MalformedAnswerError,
+    OverloadedError,
+    ProviderConnectionError,
+    ProviderError,
+    ProviderTimeoutError,
+    RateLimitedError,
+)
+from attune_worker.jobs import ModelTier
+from attune_worker.models.policy import Failure, NextCall, next_call
+from attune_worker.models.registry import ModelInfo
+from attune_worker.settings import RetrySettings
+
+
+def model(ref: str, window: int | None = 1000) -> ModelInfo:
+    provider, _, name = ref.partition("/")
+    return ModelInfo(name, provider, ModelTier.CHEAP, context_window=window)
+
+
+A1, A2, B1, C1 = model("a/1"), model("a/2"), model("b/1"), model("c/1")
+SETTINGS = RetrySettings(max_attempts=4, max_attempts_per_model=2, backoff_seconds=1.0, backoff_cap_seconds=8.0)
+TRANSIENT = [OverloadedError, ProviderTimeoutError, ProviderConnectionError, MalformedAnswerError]
+FINAL_HERE = [CredentialError, ContextTooLongError, BadRequestError]
+
+
+def failed(*failures: tuple[ModelInfo, ProviderError]) -> list[Failure]:
+    return [Failure(*failure) for failure in failures]
+
+
+def decide(
+    candidates: Sequence[ModelInfo],
+    failures: Sequence[Failure],
+    settings: RetrySettings = SETTINGS,
+    remaining: float = 1000.0,
+    random: Callable[[], float] = lambda: 1.0,
+) -> NextCall | None:
+    return next_call(candidates, failures, settings, remaining, random)
+
+
+def test_first_call_is_the_first_choice_at_once() -> None:
+    """Nothing has happened yet, so nothing is waited for."""
+    assert decide([A1, B1], []) == NextCall(A1, 0)
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_transient_failure_is_tried_again_after_a_backoff(kind: type[ProviderError]) -> None:
+    """The provider may answer in a moment, and its model was the first choice."""
+    assert decide([A1, B1], failed((A1, kind("x")))) == NextCall(A1, 1.0)
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_model_that_failed_twice_gives_way(kind: type[ProviderError]) -> None:
+    """One provider in trouble does not use up the whole budget."""
+    assert decide([A1, B1], failed((A1, kind("x")), (A1, kind("x")))) == NextCall(B1, 0)
+
+
+@pytest.mark.parametrize(
+    ("failures", "random", "wait"),
+    [(1, 0.0, 0.5), (1, 1.0, 1.0), (2, 0.0, 1.0), (2, 1.0, 2.0), (3, 1.0, 4.0), (4, 1.0, 8.0), (5, 1.0, 8.0)],
+)
+def test_backoff_doubles_up_to_its_cap_and_half_of_it_is_random(failures: int, random: float, wait: float) -> None:
+    """Workers that failed together do not come back together."""
+    settings = RetrySettings(max_attempts=20, max_attempts_per_model=20, backoff_seconds=1.0, backoff_cap_seconds=8.0)
+    history = failed(*[(A1, OverloadedError("x"))] * failures)
+    assert decide([A1], history, settings, random=lambda: random) == NextCall(A1, wait)
+
+
+def test_rate_limited_moves_to_another_model_at_once() -> None:
+    """Waiting would cost the caller time that another model does not need."""
+    assert decide([A1, B1], failed((A1, RateLimitedError("x", retry_after=30)))) == NextCall(B1, 0)
+
+
+def test_rate_limited_waits_as_told_when_there_is_no_other_model() -> None:
+    """The provider knows best when it has room again; less would be refused, more is waste."""
+    assert decide([A1], failed((A1, RateLimitedError("x", retry_after=30)))) == NextCall(A1, 30)
+    assert decide([A1], failed((A1, RateLimitedError("x", retry_after=0)))) == NextCall(A1, 0)
+
+
+def test_rate_limited_without_a_time_backs_off() -> None:
+    """Absent headers are normal."""
+    assert decide([A1], failed((A1, RateLimitedError("x")))) == NextCall(A1, 1.0)
+
+
+@pytest.mark.parametrize("remaining", [0.0, 29.9, 30.0])
+def test_wait_that_outlasts_the_deadline_is_never_begun(remaining: float) -> None:
+    """Sleeping through the deadline would only delay the same error."""
+    assert decide([A1], failed((A1, RateLimitedError("x", retry_after=30))), remaining=remaining) is None
+
+
+def test_overloaded_with_a_wait_too_long_goes_elsewhere() -> None:
+    """The retry does not fit, but another model does."""
+    assert decide([A1, B1], failed((A1, OverloadedError("x", retry_after=30))), remaining=5) == NextCall(B1, 0)
+
+
+@pytest.mark.parametrize("candidates", [[A1], [A1, A2, B1, C1]])
+def test_bad_request_ends_at_once(candidates: list[ModelInfo]) -> None:
+    """The request itself is wrong: every model would refuse it, and some would charge."""
+    assert decide(candidates, failed((A1, BadRequestError("x")))) is None
+
+
+def test_wrong_key_rules_out_the_whole_provider() -> None:
+    """All models of a provider use the same key."""
+    assert decide([A1, A2, B1], failed((A1, CredentialError("x")))) == NextCall(B1, 0)
+    assert decide([A1, A2], failed((A1, CredentialError("x")))) is None
+
+
+def test_wrong_key_stays_ruled_out() -> None:
+    """Also after another provider has failed since."""
+    failures = failed((A1, CredentialError("x")), (B1, OverloadedError("x")), (B1, OverloadedError("x")))
+    assert decide([A1, A2, B1], failures) is None
+
+
+@pytest.mark.parametrize(("window", "larger"), [(1001, True), (1000, False), (999, False), (None, False)])
+def test_prompt_too_long_goes_only_to_a_larger_window(window: int | None, larger: bool) -> None:
+    """A window that is not larger, or not known, would refuse the prompt again."""
+    other = model("b/1", window)
+    expected = NextCall(other, 0) if larger else None
+    assert decide([A1, other], failed((A1, ContextTooLongError("x")))) == expected
+
+
+def test_least_tried_model_comes_next() -> None:
+    """A fallback that was tried already waits until the untried ones had their turn."""
+    limited = RateLimitedError("x")
+    assert decide([A1, B1, C1], failed((A1, limited), (B1, limited))) == NextCall(C1, 0)
+
+
+def test_same_model_id_at_two_providers_is_two_models() -> None:
+    """A fallback to another provider of the same model is a real fallback."""
+    here, there = model("a/llama"), model("b/llama")
+    assert decide([here, there], failed((here, CredentialError("x")))) == NextCall(there, 0)
+
+
+models = st.lists(st.sampled_from([A1, A2, B1, C1, model("d/1", 5000)]), min_size=1, max_size=5, unique=True)
+errors = st.builds(
+    lambda kind, retry_after: kind("x", retry_after=retry_after),
+    st.sampled_from([*TRANSIENT, *FINAL_HERE, RateLimitedError]),
+    st.none() | st.floats(0, 100),
+)
+retry_settings = st.builds(RetrySettings, max_attempts=st.integers(1, 8), max_attempts_per_model=st.integers(1, 4))
+
+
+@given(models, st.lists(errors, min_size=40, max_size=40), retry_settings, st.floats(0, 500), st.floats(0, 1))
+def test_whatever_fails_the_budget_holds(
+    candidates: list[ModelInfo],
+    happens: list[ProviderError],
+    settings: RetrySettings,
+    remaining: float,
+    random: float,
+) -> None:
+    """Never more calls than allowed, in all or per model; no ruled-out model; no wait beyond the deadline."""
+    failures: list[Failure] = []
+    while (step := next_call(candidates, failures, settings, remaining, lambda: random)) is not None:
+        assert step.model in candidates
+        assert step.wait_seconds == 0 or step.wait_seconds < remaining
+        for before in failures:
+            assert not isinstance(before.error, BadRequestError)
+            if before.model == step.model:
+                assert before.error.retryable
+            if isinstance(before.error, CredentialError):
+                assert before.model.provider != step.model.provider
+        failures.append(Failure(step.model, happens[len(failures)]))
+        remaining -= step.wait_seconds
+        assert len(failures) <= settings.max_attempts
+        assert sum(failure.model == step.model for failure in failures) <= settings.max_attempts_per_model
+    assert failures
+
+
+@given(models, st.sampled_from(TRANSIENT), retry_settings)
+def test_whole_budget_is_used_before_giving_up(
+    candidates: list[ModelInfo], kind: type[ProviderError], settings: RetrySettings
+) -> None:
+    """With time left, a job fails only after every allowed call has failed."""
+    failures: list[Failure] = []
+    while (step := decide(candidates, failures, settings)) is not None:
+        failures.append(Failure(step.model, kind("x")))
+    assert len(failures) == min(settings.max_attempts, settings.max_attempts_per_model * len(candidates))

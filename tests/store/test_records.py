@@ -1,0 +1,468 @@
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from attune_worker.errors import ConfigurationError, JobNotFoundError, ServiceUnavailableError
+from attune_worker.jobs import Job, JobError, JobResult, JobStatus
+from attune_worker.settings import Settings
+from attune_worker.store.keys import JobKeys, idempotent_job_id, new_job_id
+from attune_worker.store.records import WAITER_SECONDS, Claim, Records
+
+RETENTION_SECONDS = 86_400
+LEASE_SECONDS = 60.0
+
+
+@pytest.fixture
+def keys(settings: Settings) -> Callable[[str], JobKeys]:
+    return lambda job_id: JobKeys.of(settings.namespace, job_id)
+
+
+@pytest.fixture
+def heard(settings: Settings, redis: Redis) -> Iterator[Callable[[], list[bytes]]]:
+    """Listen on a channel, and return a function that reads what was said there so far."""
+    with redis.pubsub(ignore_subscribe_messages=True) as listener:
+        listener.subscribe(settings.namespace)
+        assert listener.get_message(timeout=5) is None
+
+        def read() -> list[bytes]:
+            redis.publish(settings.namespace, "end of what was said")
+            messages: list[bytes] = []
+            while b"end of what was said" not in messages:
+                if message := listener.get_message(timeout=5):
+                    messages.append(message["data"])
+            return messages[:-1]
+
+        yield read
+
+
+def new_job(**fields: Any) -> tuple[str, Job, str]:
+    job = Job.parse({"task_type": "summarize", "prompt": "a prompt", **fields})
+    return new_job_id(), job, job.to_json()
+
+
+def accepted(records: Records, **fields: Any) -> str:
+    job = new_job(**fields)
+    records.accept([job])
+    return job[0]
+
+
+def claimed(records: Records, job_id: str, owner: str = "worker-1", lease_seconds: float = LEASE_SECONDS) -> Claim:
+    claim = records.claim(job_id, owner, lease_seconds)
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def end(job_id: str, status: JobStatus = JobStatus.SUCCEEDED, **fields: Any) -> JobResult:
+    return JobResult(job_id=job_id, status=status, **fields)
+
+
+def redis_now_ms(redis: Redis) -> int:
+    seconds, micros = redis.time()
+    return int(seconds * 1000 + micros // 1000)
+
+
+def wait_on_the_clock_of_redis(redis: Redis, until_ms: int) -> None:
+    while redis_now_ms(redis) < until_ms:
+        pass
+
+
+def status_of(records: Records, job_id: str) -> JobStatus:
+    return records.read([job_id])[0].status
+
+
+def in_indexes(redis: Redis, keys: JobKeys, job_id: str) -> tuple[bool, bool]:
+    return redis.zscore(keys.queued, job_id) is not None, redis.zscore(keys.running, job_id) is not None
+
+
+def test_accepted_job_is_queued_and_does_not_expire(records: Records, redis: Redis, keys: Any) -> None:
+    """An accepted job is on record until it has ended, however long that takes."""
+    job_id, job, text = new_job(priority=2)
+    before = redis_now_ms(redis)
+    [acceptance] = records.accept([(job_id, job, text)])
+    assert (acceptance.conflict, acceptance.wake) == (False, True)
+    written = redis.hgetall(keys(job_id).record)
+    assert (written[b"state"], written[b"job"], written[b"priority"]) == (b"queued", text.encode(), b"2")
+    assert before <= int(written[b"accepted_ms"]) <= redis_now_ms(redis)
+    assert redis.zscore(keys(job_id).queued, job_id) == int(written[b"accepted_ms"])
+    assert redis.ttl(keys(job_id).record) == -1
+    assert in_indexes(redis, keys(job_id), job_id) == (True, False)
+
+
+def test_accepting_again_changes_nothing_and_wakes_again(records: Records, redis: Redis, keys: Any) -> None:
+    """A submission whose answer was lost is simply repeated."""
+    job = new_job()
+    records.accept([job])
+    before = redis.hgetall(keys(job[0]).record)
+    [again] = records.accept([job])
+    assert (again.conflict, again.wake) == (False, True)
+    assert redis.hgetall(keys(job[0]).record) == before
+
+
+def test_job_that_runs_or_has_ended_is_not_woken_again(records: Records) -> None:
+    """A repeated submission must not run a job twice."""
+    job = new_job()
+    records.accept([job])
+    claim = claimed(records, job[0])
+    assert records.accept([job])[0].wake is False
+    records.finish(claim.fence, end(job[0]))
+    [again] = records.accept([job])
+    assert (again.conflict, again.wake) == (False, False)
+    assert status_of(records, job[0]) is JobStatus.SUCCEEDED
+
+
+def test_id_that_belongs_to_another_job_is_a_conflict(records: Records, redis: Redis, keys: Any) -> None:
+    """One key, two prompts: the first keeps it, and the others of the batch are accepted."""
+    job_id, job, text = new_job(prompt="one")
+    records.accept([(job_id, job, text)])
+    _, other_job, other_text = new_job(prompt="two")
+    neighbour = new_job()
+    answers = records.accept([(job_id, other_job, other_text), neighbour])
+    assert [(answer.conflict, answer.wake) for answer in answers] == [(True, False), (False, True)]
+    assert redis.hget(keys(job_id).record, "job") == text.encode()
+
+
+def test_conflict_is_still_known_after_the_prompt_was_dropped(records: Records) -> None:
+    """The digest stays for as long as the record, so a used key cannot be given a new job."""
+    job_id, job, text = new_job(prompt="one")
+    records.accept([(job_id, job, text)])
+    records.finish(claimed(records, job_id).fence, end(job_id))
+    _, other_job, other_text = new_job(prompt="two")
+    assert records.accept([(job_id, other_job, other_text)])[0].conflict
+
+
+def test_claim_hands_out_the_job_with_a_fence(records: Records, redis: Redis, keys: Any) -> None:
+    """The worker gets all it needs in one round trip, and the job moves to the running index."""
+    job_id, job, text = new_job(deadline_seconds=100)
+    records.accept([(job_id, job, text)])
+    claim = claimed(records, job_id)
+    assert claim.job == text
+    assert claim.fence == 1
+    assert 0 <= claim.queue_ms < 60_000
+    assert claim.remaining_seconds is not None
+    assert 40 < claim.remaining_seconds <= 100
+    assert status_of(records, job_id) is JobStatus.RUNNING
+    assert in_indexes(redis, keys(job_id), job_id) == (False, True)
+    assert redis.zscore(keys(job_id).running, job_id) == claim.claimed_ms + LEASE_SECONDS * 1000
+    assert redis.ttl(keys(job_id).record) == -1
+
+
+def test_job_without_a_deadline_has_all_the_time(records: Records) -> None:
+    """No deadline is None, not zero seconds."""
+    assert claimed(records, accepted(records)).remaining_seconds is None
+
+
+def test_second_wake_up_finds_nothing_to_do(records: Records) -> None:
+    """A doubled message must not run the job twice."""
+    job_id = accepted(records)
+    claimed(records, job_id, "worker-1")
+    assert records.claim(job_id, "worker-2", LEASE_SECONDS) is JobStatus.RUNNING
+    assert records.read([job_id])[0].attempts == 1
+
+
+def test_same_owner_may_claim_again(records: Records) -> None:
+    """A claim whose answer was lost on the network is repeated, and is the same claim."""
+    job_id = accepted(records)
+    first = claimed(records, job_id, "worker-1")
+    again = claimed(records, job_id, "worker-1")
+    assert (again.fence, again.job, again.accepted_ms) == (first.fence, first.job, first.accepted_ms)
+    assert records.read([job_id])[0].attempts == 1
+
+
+def test_job_whose_lease_ran_out_is_taken_over(records: Records, redis: Redis, keys: Any) -> None:
+    """The worker that died is fenced off: its late end does not count."""
+    job = new_job()
+    records.accept([job])
+    dead = claimed(records, job[0], "worker-1", lease_seconds=0.02)
+    wait_on_the_clock_of_redis(redis, dead.claimed_ms + 21)
+    assert records.accept([job])[0].wake
+    taken = claimed(records, job[0], "worker-2")
+    assert taken.fence > dead.fence
+    assert records.finish(dead.fence, end(job[0], content="late")) is False
+    assert status_of(records, job[0]) is JobStatus.RUNNING
+    assert records.finish(taken.fence, end(job[0], content="in time")) is True
+    assert records.read([job[0]])[0].to_result().content == "in time"
+    assert records.finish(dead.fence, end(job[0], content="late")) is False
+    assert in_indexes(redis, keys(job[0]), job[0]) == (False, False)
+
+
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_job_past_its_deadline_is_not_started(records: Records, redis: Redis, keys: Any, abandoned: bool) -> None:
+    """An answer that nobody waits for any more is not paid for."""
+    job_id = accepted(records, deadline_seconds=0.03)
+    if abandoned:
+        claimed(records, job_id, lease_seconds=0.001)
+    accepted_ms = records.read([job_id])[0].accepted_ms or 0
+    wait_on_the_clock_of_redis(redis, accepted_ms + 31)
+    assert records.claim(job_id, "worker-2", LEASE_SECONDS) is JobStatus.EXPIRED
+    result = records.read([job_id])[0].to_result()
+    assert result.status is JobStatus.EXPIRED
+    assert result.error is not None
+    assert result.error.type == "deadline_exceeded"
+    assert in_indexes(redis, keys(job_id), job_id) == (False, False)
+    assert 0 < redis.ttl(keys(job_id).record) <= RETENTION_SECONDS
+
+
+def test_longest_deadline_is_kept_exactly(records: Records) -> None:
+    """Milliseconds of a year fit; Lua's numbers and Redis' integers must not garble them."""
+    claim = claimed(records, accepted(records, deadline_seconds=366 * 86_400))
+    assert claim.deadline_ms == claim.accepted_ms + 366 * 86_400_000
+
+
+@pytest.mark.parametrize("status", [JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.EXPIRED])
+def test_end_is_kept_for_the_retention_time(records: Records, redis: Redis, keys: Any, status: JobStatus) -> None:
+    """It can be read until then, and after that Redis is clean by itself."""
+    job_id = accepted(records)
+    claim = claimed(records, job_id)
+    result = end(job_id, status, cost_usd=Decimal("0.000000001"), error=JobError(type="t", message="m"))
+    assert records.finish(claim.fence, result)
+    record = records.read([job_id])[0]
+    assert record.to_result() == result
+    assert record.ended_ms is not None
+    assert record.started_ms == claim.claimed_ms
+    assert RETENTION_SECONDS - 60 < redis.ttl(keys(job_id).record) <= RETENTION_SECONDS
+    assert in_indexes(redis, keys(job_id), job_id) == (False, False)
+
+
+def test_prompt_is_dropped_after_success_only(records: Records, redis: Redis, keys: Any) -> None:
+    """What was answered is needed no more; what failed may be tried again."""
+    for status, kept in [(JobStatus.SUCCEEDED, False), (JobStatus.FAILED, True)]:
+        job_id = accepted(records)
+        records.finish(claimed(records, job_id).fence, end(job_id, status))
+        assert redis.hexists(keys(job_id).record, "job") is kept
+
+
+def test_same_end_again_is_confirmed_and_another_end_is_not(records: Records) -> None:
+    """An end whose answer was lost is repeated; the first end stands."""
+    job_id = accepted(records)
+    claim = claimed(records, job_id)
+    assert records.finish(claim.fence, end(job_id, content="first"))
+    assert records.finish(claim.fence, end(job_id, content="first"))
+    assert records.finish(claim.fence, end(job_id, JobStatus.FAILED)) is False
+    assert records.read([job_id])[0].to_result().content == "first"
+
+
+@pytest.mark.parametrize("fence", [0, 2, -1])
+def test_stale_fence_ends_nothing(records: Records, fence: int) -> None:
+    """Only the holder of the current claim may write the end."""
+    job_id = accepted(records)
+    claimed(records, job_id)
+    assert records.finish(fence, end(job_id)) is False
+    assert status_of(records, job_id) is JobStatus.RUNNING
+
+
+def test_job_that_is_gone_cannot_be_finished_or_claimed(records: Records, redis: Redis, settings: Settings) -> None:
+    """After the retention time, nothing may write half a record back."""
+    assert records.finish(1, end("gone")) is False
+    assert records.claim("gone", "worker-1", LEASE_SECONDS) is JobStatus.UNKNOWN
+    assert records.cancel("gone") is JobStatus.UNKNOWN
+    assert records.watch(["gone"], "channel")[0].status is JobStatus.UNKNOWN
+    assert list(redis.scan_iter(f"*{settings.namespace}*")) == []
+    with pytest.raises(JobNotFoundError, match="gone"):
+        records.read(["gone"])[0].to_result()
+
+
+def test_queued_job_can_be_cancelled(records: Records, redis: Redis, keys: Any) -> None:
+    """It never starts, says so, and goes after the retention time."""
+    job_id = accepted(records)
+    assert records.cancel(job_id) is JobStatus.CANCELLED
+    assert records.cancel(job_id) is JobStatus.CANCELLED
+    assert records.claim(job_id, "worker-1", LEASE_SECONDS) is JobStatus.CANCELLED
+    result = records.read([job_id])[0].to_result()
+    assert result.error is not None
+    assert (result.status, result.error.type) == (JobStatus.CANCELLED, "cancelled")
+    assert in_indexes(redis, keys(job_id), job_id) == (False, False)
+    assert 0 < redis.ttl(keys(job_id).record) <= RETENTION_SECONDS
+
+
+def test_running_job_goes_on_when_cancelled(records: Records) -> None:
+    """Its call is under way and will be charged, so its answer is kept."""
+    job_id = accepted(records)
+    claim = claimed(records, job_id)
+    assert records.cancel(job_id) is JobStatus.RUNNING
+    assert records.finish(claim.fence, end(job_id, content="done"))
+    assert records.cancel(job_id) is JobStatus.SUCCEEDED
+
+
+def test_waiting_client_is_remembered_for_a_while(records: Records, redis: Redis, keys: Any) -> None:
+    """A client that died waiting leaves nothing behind for ever."""
+    job_id = accepted(records)
+    assert records.watch([job_id], "channel")[0].status is JobStatus.QUEUED
+    assert redis.smembers(keys(job_id).waiters) == {b"channel"}
+    assert WAITER_SECONDS - 60 < redis.ttl(keys(job_id).waiters) <= WAITER_SECONDS
+
+
+@pytest.mark.parametrize("how", ["finished", "cancelled", "expired"])
+def test_whoever_waits_is_told_however_the_job_ends(
+    records: Records, redis: Redis, settings: Settings, keys: Any, heard: Any, how: str
+) -> None:
+    """Every way to end a job tells its waiters once, and then forgets them."""
+    job_id = accepted(records, deadline_seconds=0.03 if how == "expired" else None)
+    records.watch([job_id], settings.namespace)
+    records.watch([job_id], settings.namespace)
+    if how == "finished":
+        records.finish(claimed(records, job_id).fence, end(job_id))
+    elif how == "cancelled":
+        records.cancel(job_id)
+    else:
+        wait_on_the_clock_of_redis(redis, (records.read([job_id])[0].accepted_ms or 0) + 31)
+        records.claim(job_id, "worker-1", LEASE_SECONDS)
+    assert heard() == [job_id.encode()]
+    assert redis.exists(keys(job_id).waiters) == 0
+
+
+def test_ended_job_keeps_no_waiters(records: Records, redis: Redis, keys: Any) -> None:
+    """Whoever asks after the end has the answer already."""
+    job_id = accepted(records)
+    records.finish(claimed(records, job_id).fence, end(job_id, content="done"))
+    record = records.watch([job_id], "channel")[0]
+    assert record.to_result().content == "done"
+    assert redis.exists(keys(job_id).waiters) == 0
+
+
+def test_many_jobs_are_read_in_order(records: Records) -> None:
+    """Answers belong to the ids they were asked for, also where some are unknown."""
+    ids = [accepted(records) for _ in range(5)]
+    records.cancel(ids[1])
+    asked = [ids[4], "nobody", ids[1], ids[0]]
+    statuses = [JobStatus.QUEUED, JobStatus.UNKNOWN, JobStatus.CANCELLED, JobStatus.QUEUED]
+    assert [(record.job_id, record.status) for record in records.read(asked)] == list(zip(asked, statuses, strict=True))
+    assert [record.status for record in records.watch(asked, "channel")] == statuses
+    assert records.read([]) == records.watch([], "channel") == []
+
+
+def test_life_of_a_job_survives_forgotten_scripts(records: Records, redis: Redis) -> None:
+    """SCRIPT FLUSH at any moment costs a round trip, and nothing else."""
+    redis.script_flush()
+    job_id = accepted(records)
+    redis.script_flush()
+    claim = claimed(records, job_id)
+    redis.script_flush()
+    records.watch([job_id], "channel")
+    redis.script_flush()
+    assert records.finish(claim.fence, end(job_id))
+
+
+def test_fifty_threads_with_one_key_make_one_job(records: Records, settings: Settings, redis: Redis) -> None:
+    """The key decides, not who comes first: all get the same job, written once, claimed once."""
+    _, job, text = new_job(idempotency_key="k")
+    job_id = idempotent_job_id(settings.namespace, None, "k")
+    start = threading.Barrier(50)
+    claims: list[Claim | JobStatus] = []
+
+    def submit(number: int) -> None:
+        start.wait()
+        assert not records.accept([(job_id, job, text)])[0].conflict
+        claims.append(records.claim(job_id, f"worker-{number}", LEASE_SECONDS))
+
+    threads = [threading.Thread(target=submit, args=(number,)) for number in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claims) == 50
+    assert sum(isinstance(claim, Claim) for claim in claims) == 1
+    assert len(list(redis.scan_iter(f"*{settings.namespace}*:job:*"))) == 1
+
+
+FIFTY_PROCESSES = """
+import os, sys
+from attune_worker.client import Client
+from attune_worker.settings import Settings
+settings = Settings.load()
+go, say_go = os.pipe()
+children = []
+for number in range(50):
+    if (child := os.fork()) == 0:
+        os.close(say_go)
+        os.read(go, 1)
+        client = Client(settings)
+        [accepted] = client._submission.prepare([{"task_type": "x", "prompt": "y", "idempotency_key": "k"}])
+        client.records.accept([accepted])
+        os.write(1, f"{accepted[0]}\\n".encode())
+        os._exit(0)
+    children.append(child)
+os.close(say_go)
+sys.exit(max(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_fifty_processes_with_one_key_make_one_job(
+    environ: dict[str, str], settings: Settings, redis: Redis, keys: Any
+) -> None:
+    """As above, with nothing shared but Redis."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIFTY_PROCESSES], env={**os.environ, **environ}, capture_output=True, check=True
+    )
+    ids = done.stdout.decode().split()
+    assert len(ids) == 50
+    assert set(ids) == {idempotent_job_id(settings.namespace, None, "k")}
+    assert len(list(redis.scan_iter(f"*{settings.namespace}*:job:*"))) == 1
+    assert redis.zcard(keys(ids[0]).queued) == 1
+
+
+def test_redis_that_is_away_is_a_typed_error_without_the_password() -> None:
+    """Every method says which server is meant, and never how to get in."""
+    environ = {"ATTUNE_REDIS_URL": "redis://:hunter2@127.0.0.1:1/0", "ATTUNE_REDIS_TIMEOUT_SECONDS": "0.2"}
+    records = Records(Settings.load(environ=environ))
+    calls: list[Callable[[], Any]] = [
+        lambda: records.accept([new_job()]),
+        lambda: records.claim("a", "w", 1),
+        lambda: records.finish(1, end("a")),
+        lambda: records.cancel("a"),
+        lambda: records.read(["a"]),
+        lambda: records.watch(["a"], "c"),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ServiceUnavailableError, match=r"redis://:\*\*\*@127\.0\.0\.1:1/0 cannot be reached"
+        ) as away:
+            call()
+        assert "hunter2" not in str(away.value)
+
+
+def test_wrong_password_is_named_as_such(redis_server: Any) -> None:
+    """Restarting Redis would not help, so the message must not say that it is down."""
+    url = f"redis://:wrong-hunter2@127.0.0.1:{redis_server.port}/0"
+    records = Records(Settings.load(environ={"ATTUNE_REDIS_URL": url}))
+    with pytest.raises(ServiceUnavailableError, match="refused the user or password") as refused:
+        records.read(["a"])
+    assert "hunter2" not in str(refused.value)
+
+
+def test_odd_ids_are_unknown_jobs(records: Records) -> None:
+    """An id comes from a caller's URL; whatever it holds, it is at worst unknown."""
+    for job_id in ["", " ", "}{", "\n", "*", "\0", "x" * 10_000]:
+        assert status_of(records, job_id) is JobStatus.UNKNOWN
+        assert records.cancel(job_id) is JobStatus.UNKNOWN
+
+
+def test_connection_that_was_cut_is_made_again(records: Records, redis: Redis) -> None:
+    """Firewalls and failovers cut idle connections; the next call must not notice."""
+    job_id = accepted(records)
+    redis.client_kill_filter(_type="normal", skipme=True)
+    assert status_of(records, job_id) is JobStatus.QUEUED
+
+
+def test_url_of_no_known_kind_is_a_configuration_error() -> None:
+    """It is found when the client is made, not when the first job is lost."""
+    with pytest.raises(ConfigurationError, match="redis_url"):
+        Records(Settings.load(environ={"ATTUNE_REDIS_URL": "http://127.0.0.1"}))
+
+
+def test_write_that_redis_refuses_is_a_typed_error(records: Records, redis: Redis) -> None:
+    """A full Redis refuses to write; the caller learns that the job was not accepted."""
+    job_id, job, text = new_job()
+    redis.config_set("maxmemory", "1")
+    try:
+        with pytest.raises(ServiceUnavailableError, match="OOM"):
+            records.accept([(job_id, job, text)])
+    finally:
+        redis.config_set("maxmemory", "0")
+    assert status_of(records, job_id) is JobStatus.UNKNOWN

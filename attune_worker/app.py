@@ -6,6 +6,7 @@ the job's id to a free worker. Hence early acknowledgement, no prefetching, no E
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 from celery import Celery
@@ -35,6 +36,9 @@ def _configuration(settings: Settings) -> dict[str, Any]:
         **_transport(settings),
         **_DELIVERY,
         **_RESULTS,
+        # Celery asks for this to be said; the others check certificates by themselves.
+        "broker_use_ssl": _CHECKED_TLS if settings.broker.startswith("rediss://") else None,
+        "redis_backend_use_ssl": _CHECKED_TLS if settings.backend.startswith("rediss://") else None,
         "result_expires": settings.retention_seconds,
         "worker_concurrency": settings.concurrency,
         "task_default_queue": settings.queue,
@@ -44,7 +48,7 @@ def _configuration(settings: Settings) -> dict[str, Any]:
 
 def _transport(settings: Settings) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    if settings.broker.startswith(("redis", "sentinel", "unix")):
+    if settings.broker.startswith("redis"):
         options = {
             "global_keyprefix": f"{settings.namespace}:celery:",
             "priority_steps": list(range(10)),
@@ -66,6 +70,8 @@ def _transport(settings: Settings) -> dict[str, Any]:
         "result_backend_transport_options": {"global_keyprefix": f"{settings.namespace}:celery:"},
     }
 
+
+_CHECKED_TLS = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
 
 _DELIVERY: dict[str, Any] = {
     # Late acknowledgement runs a job twice whenever a connection drops; the record brings back what is lost.

@@ -7,7 +7,7 @@ neither httpx nor provider code, so a web backend stays light and needs no provi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from typing import Any, Self, TypeVar
@@ -16,14 +16,16 @@ from celery import Celery
 from kombu.exceptions import KombuError, OperationalError
 
 from attune_worker.app import RUN_JOB, make_app
-from attune_worker.errors import ServiceUnavailableError
+from attune_worker.errors import JobNotFoundError, ServiceUnavailableError
 from attune_worker.jobs import Job, JobResult, JobStatus
 from attune_worker.results import Gathering, Inbox, await_for, wait_for
 from attune_worker.settings import Settings, get_settings, masked
 from attune_worker.store.records import Acceptance, Records
-from attune_worker.submission import Accepted, Submission
+from attune_worker.submission import Submission
 
 T = TypeVar("T")
+
+DEFAULT_PRIORITY: int = Job.model_fields["priority"].default
 
 BATCH = 500
 """Jobs that are written, and wake-ups that are sent, in one round trip."""
@@ -63,17 +65,29 @@ class Client:
         different job; the other jobs are submitted all the same.
         """
         prepared = self._submission.prepare(list(jobs))
+        job_ids = [job_id for job_id, _, _ in prepared]
         accepted: list[Acceptance] = []
-        for start in range(0, len(prepared), BATCH):
-            batch = prepared[start : start + BATCH]
-            accepted += self.records.accept(batch)
-            self._wake([job for job, told in zip(batch, accepted[start:], strict=True) if told.wake])
+        try:
+            for start in range(0, len(prepared), BATCH):
+                batch = prepared[start : start + BATCH]
+                accepted += self.records.accept(batch)
+                due = zip(batch, accepted[start:], strict=True)
+                self._wake([(job_id, job.priority) for (job_id, job, _), told in due if told.wake])
+        except ServiceUnavailableError as error:
+            raise error.with_jobs(job_ids[: len(accepted)]) from error
         self._submission.refuse_conflicts(prepared, accepted)
-        return [JobHandle(job_id, self) for job_id, _, _ in prepared]
+        return [JobHandle(job_id, self) for job_id in job_ids]
 
-    def check(self, job: Mapping[str, Any] | Job) -> None:
-        """Raise ``InvalidJobError`` if the job could not be submitted; writes nothing."""
-        self._submission.prepare([job])
+    def wake(self, job_ids: Iterable[str]) -> None:
+        """Send the wake-ups of jobs again, at the default priority, where one may have been lost.
+
+        It does no harm: a job that has ended, or runs, is left alone.
+        """
+        self._wake([(job_id, DEFAULT_PRIORITY) for job_id in job_ids])
+
+    def check(self, job: Mapping[str, Any] | Job) -> Job:
+        """Return the job, or raise ``InvalidJobError`` if it could not be submitted; writes nothing."""
+        return self._submission.prepare([job])[0][1]
 
     def get(self, job_id: str) -> JobHandle:
         """Return the handle of a job that was submitted before, here or elsewhere."""
@@ -92,8 +106,14 @@ class Client:
         return wait_for(self.records, self.inbox, job_id, timeout).to_result()
 
     def cancel(self, job_id: str) -> bool:
-        """Cancel the job if it has not started; return whether it will not run."""
-        return self.records.cancel(job_id) is JobStatus.CANCELLED
+        """Cancel the job if it has not started; return whether it is cancelled.
+
+        Raises ``JobNotFoundError`` for an unknown job.
+        """
+        status = self.records.cancel(job_id)
+        if status is JobStatus.UNKNOWN:
+            raise JobNotFoundError(job_id)
+        return status is JobStatus.CANCELLED
 
     def as_completed(self, handles: Iterable[JobHandle], timeout: float | None = None) -> Iterator[JobResult]:
         """Yield the results of jobs as they end.
@@ -126,33 +146,26 @@ class Client:
     def _app(self) -> Celery:
         return make_app(self.settings)
 
-    def _wake(self, jobs: Sequence[Accepted]) -> None:
-        """Send each job's wake-up: a Celery message with its id, and nothing else."""
+    def _wake(self, jobs: Sequence[tuple[str, int]]) -> None:
+        """Send the wake-up of each ``(job id, priority)``: a Celery message with the id, and nothing else."""
         if not jobs:
             return
         amqp = self._app.amqp
         try:
             with self._app.producer_or_acquire() as producer, producer.batch(max_size=BATCH):
-                for sent, (job_id, job, _) in enumerate(jobs):
+                for sent, (job_id, priority) in enumerate(jobs):
                     message = amqp.create_task_message(
-                        job_id,
-                        RUN_JOB,
-                        (job_id,),
-                        {},
-                        argsrepr=f"('{job_id}',)",
-                        kwargsrepr="{}",
-                        create_sent_event=self._app.conf.task_send_sent_event,
+                        job_id, RUN_JOB, (job_id,), {}, argsrepr=f"('{job_id}',)", kwargsrepr="{}"
                     )
                     # The queue is declared once a batch: declaring costs more than sending.
                     declare: list[Any] | None = [] if sent else None
-                    amqp.send_task_message(producer, RUN_JOB, message, priority=job.priority, declare=declare)
+                    amqp.send_task_message(producer, RUN_JOB, message, priority=priority, declare=declare)
         except (OperationalError, KombuError, OSError) as error:
             url = masked(self.settings.broker)
             raise ServiceUnavailableError(
-                f"the broker at {url} cannot be reached ({type(error).__name__}); the jobs are recorded: "
-                "submit them again with the same idempotency key to wake them",
+                f"the broker at {url} cannot be reached ({type(error).__name__}); jobs that were accepted wait "
+                "in Redis: Client.wake(error.job_ids) sends their wake-ups",
                 url=url,
-                job_ids=[job_id for job_id, _, _ in jobs],
             ) from error
 
 
@@ -214,6 +227,22 @@ class AsyncClient:
     async def cancel(self, job_id: str) -> bool:
         """As ``Client.cancel``."""
         return await self._call(lambda: self._client.cancel(job_id))
+
+    async def wake(self, job_ids: Iterable[str]) -> None:
+        """As ``Client.wake``."""
+        await self._call(lambda: self._client.wake(job_ids))
+
+    async def as_completed(
+        self, handles: Iterable[AsyncJobHandle], timeout: float | None = None
+    ) -> AsyncIterator[JobResult]:
+        """Yield the results of jobs as they end; ``timeout`` seconds are for all of them together."""
+        waiting = [asyncio.ensure_future(handle.result(timeout)) for handle in handles]
+        try:
+            for ended in asyncio.as_completed(waiting):
+                yield await ended
+        finally:
+            for one in waiting:
+                one.cancel()
 
     async def close(self) -> None:
         """Give connections and threads back."""

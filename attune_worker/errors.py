@@ -75,9 +75,25 @@ class InvalidJobError(AttuneError):
 
 
 class IdempotencyConflictError(InvalidJobError):
-    """Raised when an idempotency key is used again with a different job."""
+    """Raised when an idempotency key is used again with a different job.
+
+    ``index`` is the first such job's place in its batch, ``conflicts`` are the places of all of them,
+    and ``job_ids`` the ids of the whole batch: the other jobs were submitted.
+    """
 
     type = "idempotency_conflict"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        index: int | None = None,
+        conflicts: Sequence[int] = (),
+        job_ids: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, field="idempotency_key", index=index)
+        self.conflicts = tuple(conflicts)
+        self.job_ids = tuple(job_ids)
 
 
 class JobNotFoundError(AttuneError):
@@ -105,7 +121,8 @@ class ResultTimeoutError(AttuneError, TimeoutError):
 class ServiceUnavailableError(AttuneError):
     """Raised when Redis or the broker cannot be reached; ``url`` has no password in it.
 
-    ``job_ids`` lists jobs that were accepted although their wake-up could not be sent.
+    ``job_ids`` lists the jobs of a batch that were accepted before; ``Client.wake`` sends the wake-ups
+    that may be missing.
     """
 
     exit_code = 3
@@ -116,6 +133,10 @@ class ServiceUnavailableError(AttuneError):
         super().__init__(message)
         self.url = url
         self.job_ids = tuple(job_ids)
+
+    def with_jobs(self, job_ids: Sequence[str]) -> ServiceUnavailableError:
+        """Return this error with the jobs that had been accepted when it happened."""
+        return ServiceUnavailableError(self.message, url=self.url, job_ids=job_ids)
 
 
 class ExecutionError(AttuneError):

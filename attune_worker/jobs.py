@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,6 +29,9 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError
 
 from attune_worker.errors import InvalidJobError
+
+MAX_FIELD_CHARACTERS = 100
+"""Of a field's path in an error message: metadata may be nested without end."""
 
 WIRE_VERSION = 1
 """Version of the job record; a reader refuses versions that it does not know."""
@@ -87,13 +91,29 @@ class Message(_Value):
     role: Literal["system", "user", "assistant"]
     content: str = Field(min_length=1)
 
+    @field_validator("content")
+    @classmethod
+    def _has_text(cls, content: str) -> str:
+        if not content.strip():
+            raise ValueError("it is empty; it must hold some text")
+        return content
+
 
 def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _plain(amount: Decimal) -> Decimal:
+    return amount.normalize()  # 0.1 and 0.10 are one amount, and so one job
+
+
 def _no_float_dust(value: object) -> object:
     return str(value) if isinstance(value, float) else value
+
+
+MaxCost = Annotated[
+    Usd, BeforeValidator(_no_float_dust), Field(ge=0, le=1_000_000, decimal_places=9), AfterValidator(_plain)
+]
 
 
 class Job(_Value):
@@ -120,7 +140,7 @@ class Job(_Value):
     model: Name | None = None
     tier_hint: ModelTier | None = None
     provider_hint: Name | None = None
-    max_cost: Annotated[Usd, BeforeValidator(_no_float_dust), Field(ge=0)] | None = None
+    max_cost: MaxCost | None = None
     max_latency_ms: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     min_success_rate: float | None = Field(default=None, ge=0, le=1)
     max_tokens: int | None = Field(default=None, gt=0, le=MAX_COUNT)
@@ -278,10 +298,11 @@ def total_cost(attempts: Sequence[Attempt]) -> Decimal | None:
 def _explain(error: ValidationError) -> tuple[str | None, str]:
     """Turn pydantic's first complaint into one line that never repeats the input's text."""
     first = error.errors(include_url=False, include_context=True, include_input=False)[0]
-    field = ".".join(str(part) for part in first["loc"]) or None
+    field = ".".join(str(part) for part in first["loc"])[:MAX_FIELD_CHARACTERS] or None
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = f"unknown field; allowed: {', '.join(Job.model_fields)}"
+        known = Message if first["loc"][0] == "messages" else Job
+        message = f"unknown field; allowed: {', '.join(known.model_fields)}"
     elif first["type"] == "missing":
         message = "this field is required"
     return field, f"{field!r}: {message}" if field else message

@@ -23,6 +23,18 @@ from attune_worker.store.embedded import EmbeddedRedis, end_with_owner
 
 STOP_SECONDS = 30.0
 
+SERVICE_SETTINGS = frozenset({"ATTUNE_REDIS_URL", "ATTUNE_BROKER_URL", "ATTUNE_RESULT_BACKEND"})
+"""The environment variables that say which services are used."""
+
+
+def end_like_ctrl_c(how: signal.Signals) -> None:
+    """Have this process clean up on ``how`` as it does on Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(how, interrupt)
+
 
 @contextmanager
 def local_environment(
@@ -46,8 +58,7 @@ def local_environment(
         yield dict(environ)
         return
     with EmbeddedRedis(folder / "redis") as redis_server:
-        services = {"ATTUNE_REDIS_URL", "ATTUNE_BROKER_URL", "ATTUNE_RESULT_BACKEND"}
-        private = {name: value for name, value in environ.items() if name not in services}
+        private = {name: value for name, value in environ.items() if name not in SERVICE_SETTINGS}
         yield private | {"ATTUNE_REDIS_URL": redis_server.url}
 
 
@@ -83,7 +94,7 @@ class LocalWorker:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for us: we stop the workers in good order
-                preexec_fn=end_with_owner(),  # noqa: PLW1509  # one system call, which takes no lock
+                preexec_fn=end_with_owner(signal.SIGKILL),  # noqa: PLW1509  # one system call, which takes no lock
             )
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import os
 import threading
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -41,6 +42,17 @@ _LISTEN_SECONDS = 1.0
 _RECONNECT_SECONDS = 0.2
 
 
+_inboxes: weakref.WeakSet[Inbox] = weakref.WeakSet()
+
+
+def _make_locks_anew() -> None:
+    for inbox in _inboxes:
+        inbox._lock = threading.Lock()  # noqa: SLF001  # the parent's may be held by a thread that is not here
+
+
+os.register_at_fork(after_in_child=_make_locks_anew)
+
+
 class Caller(Protocol):
     """Runs a blocking function for a coroutine, in some thread."""
 
@@ -57,8 +69,10 @@ class Inbox:
         self._lock = threading.Lock()
         self._callbacks: dict[str, set[Callable[[], None]]] = defaultdict(set)
         self._process = 0
+        self._thread: threading.Thread | None = None
         self._closed = threading.Event()
         self.channel = ""
+        _inboxes.add(self)
 
     def add(self, job_id: str, callback: Callable[[], None]) -> None:
         """Have ``callback`` called, in the listening thread, whenever the job should be looked at again.
@@ -66,8 +80,8 @@ class Inbox:
         Raises ``ServiceUnavailableError`` when Redis is away.
         """
         with self._lock:
-            if self._process != os.getpid():  # first use, or a fork: threads do not survive one
-                self._open()
+            if self._process != os.getpid() or self._thread is None or not self._thread.is_alive():
+                self._open()  # first use, or a fork: threads do not survive one
             self._callbacks[job_id].add(callback)
 
     def remove(self, job_id: str, callback: Callable[[], None]) -> None:
@@ -89,13 +103,15 @@ class Inbox:
         self._closed = threading.Event()
         self.channel = inbox_channel(self._settings.namespace, uuid4().hex)
         redis = connect(self._settings, max_connections=2)
-        pubsub = PubSub(redis.connection_pool, ignore_subscribe_messages=True)
+        pubsub = PubSub(redis.connection_pool)
         with reaching(self._settings):
             pubsub.subscribe(self.channel)
-        thread = threading.Thread(
+            if pubsub.get_message(timeout=self._settings.redis_timeout_seconds) is None:
+                raise TimeoutError("no answer to SUBSCRIBE")
+        self._thread = threading.Thread(
             target=self._listen, args=(redis, pubsub, self._closed), name="attune-inbox", daemon=True
         )
-        thread.start()
+        self._thread.start()
         self._process = os.getpid()
 
     def _listen(self, redis: Redis, pubsub: PubSub, closed: threading.Event) -> None:
@@ -103,12 +119,14 @@ class Inbox:
             try:
                 message = pubsub.get_message(timeout=_LISTEN_SECONDS)
             except (RedisError, OSError):
-                # redis-py subscribes again by itself; what was published meanwhile is lost, so all look again.
-                closed.wait(_RECONNECT_SECONDS)
-                self._tell(list(self._callbacks))
+                closed.wait(_RECONNECT_SECONDS)  # redis-py connects and subscribes again by itself
                 continue
-            if message is not None:
-                self._tell([message["data"].decode()])
+            if message is None:
+                continue
+            if message["type"] == "subscribe":  # also after a cut, during which messages may have been lost
+                self._tell(list(self._callbacks))
+            else:
+                self._tell([message["data"].decode(errors="surrogatepass")])
         pubsub.close()
         redis.close()
 
@@ -156,11 +174,11 @@ async def await_for(
     told = asyncio.Event()
 
     def tell() -> None:
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
             loop.call_soon_threadsafe(told.set)
 
-    await call(partial(inbox.add, job_id, tell))
     try:
+        await call(partial(inbox.add, job_id, tell))
         while True:
             told.clear()
             [record] = await call(partial(records.watch, [job_id], inbox.channel))

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -64,7 +64,7 @@ class ProviderSettings(_Section):
 
     ``api_key`` is a key, or ``env:NAME`` to read it from the environment; a server that needs none
     has none. ``price_list`` names the provider whose published prices apply (default: the provider's
-    own name, where the price library knows it).
+    own name, else its address, where the price library knows it).
     """
 
     kind: str
@@ -88,6 +88,8 @@ class ProviderSettings(_Section):
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:  # an absurd port raises
             raise ValueError("a base URL starts with http:// or https:// and names a host")
+        if "@" in parts.netloc:
+            raise ValueError("a base URL holds no user or password; a key belongs in api_key")
         return url.rstrip("/")
 
     def key(self, environ: Mapping[str, str] = os.environ) -> str | None:
@@ -97,7 +99,10 @@ class ProviderSettings(_Section):
         value = self.api_key.get_secret_value()
         if value.startswith("env:"):
             value = environ.get(value.removeprefix("env:"), "")
-        return value.strip() or None  # keys that were read from files end in a line break
+        key = value.strip()  # keys that were read from files end in a line break
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("the API key holds characters that no HTTP header can carry; is it the real one?")
+        return key or None
 
     def usable(self, environ: Mapping[str, str] = os.environ) -> bool:
         """Whether calls can be made: no key is needed, or there is one."""
@@ -147,7 +152,12 @@ class HttpSettings(_Section):
     connect_timeout_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     request_timeout_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     max_response_bytes: int = Field(default=32 * 2**20, gt=0)
-    proxy: str | None = None
+    proxy: SecretStr | None = None
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_http(cls, proxy: SecretStr | None) -> SecretStr | None:
+        return proxy and _with_scheme(proxy, "http", "https")
 
 
 class Settings(BaseSettings):
@@ -155,7 +165,8 @@ class Settings(BaseSettings):
 
     ``broker_url`` and ``result_backend`` default to ``redis_url``. ``timeout_seconds`` bounds a job's calls and the
     waits between them, all together, from the moment it starts. ``provider_order`` says which
-    provider is asked first when several serve a tier.
+    provider is asked first when several serve a tier. ``user_hash_key`` is mixed into the hashes by
+    which providers know your users: without it, whoever knows a user's name can recognise its hash.
     """
 
     model_config = SettingsConfigDict(
@@ -177,8 +188,17 @@ class Settings(BaseSettings):
     provider_order: tuple[str, ...] = ("anthropic", "openai", "google")
     providers: dict[str, ProviderSettings] = Field(default_factory=dict, validate_default=True)
     models: tuple[ModelSettings, ...] = ()
+    user_hash_key: SecretStr = SecretStr("")
 
-    _file: ClassVar[Mapping[str, Any]] = {}
+    @field_validator("redis_url", "result_backend")
+    @classmethod
+    def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
+        return url and _with_scheme(url, "redis", "rediss")
+
+    @field_validator("broker_url")
+    @classmethod
+    def _is_a_broker(cls, url: SecretStr | None) -> SecretStr | None:
+        return url and _with_scheme(url, "redis", "rediss", "amqp", "amqps")
 
     @model_validator(mode="before")
     @classmethod
@@ -224,9 +244,18 @@ class Settings(BaseSettings):
         path, in_file = _read_file(file or environ.get(f"{PREFIX}CONFIG"))
         in_environ = _read_environ(cls, environ)
         try:
-            return cls(**_laid_over(in_file, in_environ))
+            settings = cls(**_laid_over(in_file, in_environ))
         except ValidationError as error:
             raise ConfigurationError(_explain(error, path, in_environ)) from None
+        settings._check_keys(environ)
+        return settings
+
+    def _check_keys(self, environ: Mapping[str, str]) -> None:
+        for name, provider in self.providers.items():
+            try:
+                provider.key(environ)
+            except ValueError as error:
+                raise ConfigurationError(f"providers.{name}.api_key: {error}") from None
 
     @property
     def broker(self) -> str:
@@ -261,6 +290,13 @@ def masked(url: str) -> str:
     credentials, _, host = rest.rpartition("@")
     user, colon, _ = credentials.partition(":")
     return f"{scheme}://{user}:***@{host}" if colon else f"{scheme}://{rest}"
+
+
+def _with_scheme(url: SecretStr, *schemes: str) -> SecretStr:
+    """Return ``url``, or raise ``ValueError`` unless it begins with one of these; its text may be a secret."""
+    if url.get_secret_value().partition("://")[0] not in schemes or "://" not in url.get_secret_value():
+        raise ValueError(f"the URL should start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+    return url
 
 
 def _read_file(file: Path | str | None) -> tuple[str, dict[str, Any]]:

@@ -43,15 +43,17 @@ class Submission:
         return job_id or new_job_id(), job, text
 
     def refuse_conflicts(self, jobs: Sequence[Accepted], accepted: Sequence[Acceptance]) -> None:
-        """Raise ``IdempotencyConflictError`` for the first job whose key already belongs to a different one."""
-        for index, ((_, job, _), acceptance) in enumerate(zip(jobs, accepted, strict=True)):
-            if acceptance.conflict:
-                raise IdempotencyConflictError(
-                    f"'idempotency_key': {job.idempotency_key!r} already belongs to a different job; "
-                    "use a new key for a new job",
-                    field="idempotency_key",
-                    index=index if len(jobs) > 1 else None,
-                )
+        """Raise ``IdempotencyConflictError`` if a job's key already belongs to a different one."""
+        conflicts = [index for index, acceptance in enumerate(accepted) if acceptance.conflict]
+        if conflicts:
+            first = jobs[conflicts[0]][1]
+            raise IdempotencyConflictError(
+                f"'idempotency_key': {first.idempotency_key!r} already belongs to a different job; "
+                "use a new key for a new job",
+                index=conflicts[0] if len(jobs) > 1 else None,
+                conflicts=conflicts,
+                job_ids=[job_id for job_id, _, _ in jobs],
+            )
 
     @cached_property
     def _registry(self) -> Registry:

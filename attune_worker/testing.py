@@ -1,12 +1,12 @@
 """How does your own test run jobs without a provider? On real Redis and real workers, against the simulator.
 
-from attune_worker.testing import running_fleet
+For instance::
 
-def test_summary():
-with running_fleet() as fleet:
-job = fleet.client.submit("summarize", "A long text.")
-assert job.result(timeout=30).succeeded
-assert fleet.simulator.invoice()["count"] == 1
+    def test_summary():
+        with running_fleet() as fleet:
+            job = fleet.client.submit("summarize", "A long text.")
+            assert job.result(timeout=30).succeeded
+            assert fleet.simulator.invoice()["count"] == 1
 """
 
 from __future__ import annotations

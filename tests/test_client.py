@@ -91,7 +91,8 @@ def test_unknown_job_is_not_a_queued_one(client: Client) -> None:
     """Polling for a job that never existed must not look like patience."""
     assert client.status("nobody") is JobStatus.UNKNOWN
     assert client.get("nobody").status() is JobStatus.UNKNOWN
-    assert client.cancel("nobody") is False
+    with pytest.raises(JobNotFoundError):
+        client.cancel("nobody")
     with pytest.raises(JobNotFoundError, match="nobody"):
         client.result("nobody", SOON)
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib.metadata import metadata
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import click
+from redis.exceptions import RedisError
 from rich import box
 from rich.console import Console
 from rich.live import Live
@@ -25,9 +28,16 @@ from rich.table import Table
 from attune_worker.client import Client, JobHandle
 from attune_worker.errors import AttuneError
 from attune_worker.jobs import JobResult, JobStatus
-from attune_worker.local import LocalFleet, local_environment, simulated_providers
+from attune_worker.local import (
+    SERVICE_SETTINGS,
+    LocalFleet,
+    end_like_ctrl_c,
+    local_environment,
+    simulated_providers,
+)
 from attune_worker.settings import Settings
 from attune_worker.simulator import LognormalLatency, Profile, Simulator
+from attune_worker.store.connection import connect
 
 CONCURRENCY = 16
 MAX_TOKENS = 300
@@ -62,13 +72,14 @@ def demo(*, simulated: bool, as_json: bool) -> None:
 
     Example: attune-worker demo
     """
+    end_like_ctrl_c(signal.SIGTERM)
     console = Console(stderr=as_json)
     started = time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="attune-demo-")))
-        environ, simulator = stack.enter_context(_providers(os.environ, console, simulated=simulated))
+        environ, simulator = stack.enter_context(_providers(os.environ, folder, console, simulated=simulated))
         environ = stack.enter_context(local_environment(environ, folder, console.print, insist=False))
-        client = stack.enter_context(Client(Settings.load(environ=environ)))
+        client = stack.enter_context(_own_corner(environ))
         fleet = stack.enter_context(LocalFleet(1, environ, folder, concurrency=CONCURRENCY))
         labels, results = _run(client, fleet, console)
         invoice = simulator.invoice(summary=True)["total_usd"] if simulator else None
@@ -84,17 +95,36 @@ def demo(*, simulated: bool, as_json: bool) -> None:
 
 @contextmanager
 def _providers(
-    environ: Mapping[str, str], console: Console, *, simulated: bool
+    environ: Mapping[str, str], folder: Path, console: Console, *, simulated: bool
 ) -> Iterator[tuple[dict[str, str], Simulator | None]]:
     """Yield the environment in which workers reach a provider, and the simulator if that is the one."""
+    name = f"demo-{uuid4().hex[:12]}"  # no worker of somebody else's takes these jobs, and ours takes none of theirs
+    corner = {"ATTUNE_NAMESPACE": name, "ATTUNE_QUEUE": name, "ATTUNE_RETENTION_SECONDS": "3600"}
     keyed = [name for name, provider in Settings.load(environ=environ).providers.items() if provider.key(environ)]
     if keyed and not simulated:
         console.print(f"Asking the real provider: {', '.join(keyed)} (a key is set). This costs a few cents at most.")
-        yield dict(environ), None
+        yield {**environ, **corner}, None
         return
     with Simulator(Profile(latency=LognormalLatency(median_seconds=0.6, sigma=0.4))) as simulator:
         console.print(f"Asking the simulator at {simulator.url}: no real provider is called.")
-        yield {**environ, **simulated_providers(simulator.url, simulator.openai_url)}, simulator
+        nothing = folder / "attune.toml"
+        nothing.touch()
+        kept = {
+            name: value for name, value in environ.items() if not name.startswith("ATTUNE_") or name in SERVICE_SETTINGS
+        }
+        pointed = simulated_providers(simulator.url, simulator.openai_url)
+        yield {**kept, **corner, **pointed, "ATTUNE_CONFIG": str(nothing)}, simulator
+
+
+@contextmanager
+def _own_corner(environ: Mapping[str, str]) -> Iterator[Client]:
+    """Yield a client of the demo's own namespace, and leave nothing of it in Redis."""
+    settings = Settings.load(environ=environ)
+    with Client(settings) as client:
+        yield client
+    with closing(connect(settings)) as redis, suppress(RedisError):  # a private one may have gone already
+        for key in redis.scan_iter(f"*{settings.namespace}*", count=1000):
+            redis.delete(key)
 
 
 def _run(client: Client, fleet: LocalFleet, console: Console) -> tuple[dict[str, str], dict[str, JobResult]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -18,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from attune_worker.cli.bulk import INVALID, Line, Results, job_of, read_lines
 from attune_worker.client import Client
-from attune_worker.errors import AttuneError, InvalidJobError
-from attune_worker.jobs import JobResult
-from attune_worker.local import LocalFleet, local_environment
+from attune_worker.errors import AttuneError, ConfigurationError, IdempotencyConflictError, InvalidJobError
+from attune_worker.jobs import Job, JobResult
+from attune_worker.local import LocalFleet, end_like_ctrl_c, local_environment
 from attune_worker.settings import Settings
 
 BATCH = 200
@@ -41,9 +42,9 @@ class Tally:
     cost_usd: Decimal = Decimal(0)
     unpriced: int = 0
 
-    def add(self, result: JobResult) -> None:
-        """Count one result."""
-        self.statuses[result.status.value] += 1
+    def add(self, result: JobResult, lines: int) -> None:
+        """Count the result of one job, which may stand for several lines with the same key."""
+        self.statuses[result.status.value] += lines
         if result.cost_usd is not None:
             self.cost_usd += result.cost_usd
         elif result.succeeded:
@@ -88,8 +89,11 @@ def run(
 
     Example: attune-worker run jobs.jsonl -o results.jsonl --local 2
     """
+    if output.exists() and output.samefile(jobs):
+        raise ConfigurationError(f"{output}: the results cannot be written over the jobs")
     console = Console(stderr=True)
     tally = Tally()
+    end_like_ctrl_c(signal.SIGTERM)
     with ExitStack() as stack:
         results = stack.enter_context(Results(output, retry_failed=retry_failed))
         missing = sum(line.id not in results.done for line in read_lines(jobs))
@@ -102,7 +106,9 @@ def run(
             bulk.interrupted()
             raise click.exceptions.Exit(130) from None
     click.echo(tally.to_json()) if as_json else _report(tally, output, console)
-    if tally.failed:
+    if results.failed_before:
+        console.print(f"{results.failed_before} lines failed before; --retry-failed does them again", highlight=False)
+    if tally.failed or results.failed_before:
         raise click.exceptions.Exit(1)
 
 
@@ -159,31 +165,29 @@ class _Bulk:
         self._console.print(f"Interrupted.{where} run the same command again to do what is missing.")
 
     def _submit(self, lines: list[Line]) -> None:
-        valid: list[tuple[Line, dict[str, object]]] = []
+        valid: list[tuple[Line, Job]] = []
         for line in lines:
             if line.reason is not None:
                 self._invalid(line, line.reason)
                 continue
-            job = job_of(line, self._results.run_id)
             try:
-                self._client.check(job)
+                valid.append((line, self._client.check(job_of(line, self._results.run_id))))
             except InvalidJobError as error:
                 self._invalid(line, error.reason)
-            else:
-                valid.append((line, job))
         self._send(valid)
 
-    def _send(self, valid: list[tuple[Line, dict[str, object]]]) -> None:
+    def _send(self, valid: list[tuple[Line, Job]]) -> None:
         try:
-            handles = self._client.submit_many([job for _, job in valid])
-        except InvalidJobError as error:  # only a conflict can be left: the key belongs to a different job
-            conflicting = valid.pop(error.index or 0)
-            self._invalid(conflicting[0], error.reason)
-            self._send(valid)
-            return
-        for (line, _), handle in zip(valid, handles, strict=True):
-            self._lines.setdefault(handle.id, []).append(line)
-        self._gathering.add(handle.id for handle in handles)
+            job_ids = [handle.id for handle in self._client.submit_many([job for _, job in valid])]
+            conflicts: Sequence[int] = ()
+        except IdempotencyConflictError as error:
+            job_ids, conflicts = list(error.job_ids), error.conflicts
+            for index in conflicts:
+                self._invalid(valid[index][0], "its 'idempotency_key' already belongs to a different job")
+        for index, ((line, _), job_id) in enumerate(zip(valid, job_ids, strict=True)):
+            if index not in conflicts:
+                self._lines.setdefault(job_id, []).append(line)
+        self._gathering.add(self._lines)
 
     def _collect(self) -> None:
         for record in self._gathering.ended_within(PATIENCE_SECONDS):
@@ -192,10 +196,11 @@ class _Bulk:
             self._fleet.check()
 
     def _write(self, result: JobResult) -> None:
-        for line in self._lines.pop(result.job_id, ()):
+        lines = self._lines.pop(result.job_id, [])
+        for line in lines:
             self._results.add(line, result)
-            self._tally.add(result)
             self._show()
+        self._tally.add(result, len(lines))
 
     def _invalid(self, line: Line, reason: str) -> None:
         self._results.add_invalid(line, reason)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -30,6 +30,12 @@ from attune_worker.providers.http import HttpSender
 from attune_worker.settings import Settings, get_settings
 
 logger = logging.getLogger(__name__)
+
+REPEATED_CHARACTERS = 16
+"""A provider's error message that shares this much with the prompt is taken to quote it."""
+
+TELLING_CHARACTERS = 5
+"""A prompt shorter than this gives nothing away."""
 
 _OVERRIDES = {
     "workflow": "workflow_name",
@@ -198,7 +204,8 @@ class EmpathyLLMExecutor:
             return (
                 f"has no API key (set {source.removeprefix('env:')})" if source.startswith("env:") else "has no API key"
             )
-        return self._too_dear(job, model, Decimal(0))
+        kind = self.settings.providers[model.provider].kind
+        return adapter(kind).misfit(job.temperature, job.stop) or self._too_dear(job, model, Decimal(0))
 
     def _too_dear(self, job: Job, model: ModelInfo, spent: Decimal) -> str | None:
         """Say why a call could take the job over its ``max_cost`` when ``spent`` USD are gone already, or None."""
@@ -221,7 +228,7 @@ class EmpathyLLMExecutor:
         spent = Decimal(0)
         while True:
             remaining = ends - time.monotonic()
-            step = next_call(models, failures, self.settings.retry, remaining, random.random)
+            step = next_call(models, failures, self.settings.retry, remaining, random.random, time.monotonic())
             if step is None and (remaining > 0 or not failures[-1].error.retryable):
                 raise _with_attempts(failures[-1].error, attempts)
             if step is not None and step.wait_seconds:
@@ -234,7 +241,7 @@ class EmpathyLLMExecutor:
             if isinstance(outcome, Answer):
                 return _response(job, outcome, attempts)
             logger.debug("%s on %s failed: %s", job.task_type, step.model.ref, outcome.type)
-            failures.append(Failure(step.model, outcome))
+            failures.append(Failure(step.model, outcome, time.monotonic()))
             spent += (self._worst_case(job, step.model) or 0) if attempt.cost_usd is None else attempt.cost_usd
             models = tuple(model for model in models if self._too_dear(job, model, spent) is None)
 
@@ -257,7 +264,7 @@ class EmpathyLLMExecutor:
             assert reply is not None  # noqa: S101  # the drivers answer every Send
             outcome = reply
         if isinstance(outcome, ProviderError):
-            outcome = _named(outcome, endpoint, model)
+            outcome = _named(outcome, job, endpoint, model)
         return outcome, _attempt(model, outcome, latency_ms)
 
     def _chat(self, job: Job, model: ModelInfo) -> ChatRequest:
@@ -268,9 +275,13 @@ class EmpathyLLMExecutor:
             system=job.system,
             temperature=job.temperature,
             stop=job.stop,
-            end_user=_opaque(self.settings.namespace, job.user_id) if job.user_id else None,
-            session=_opaque(self.settings.namespace, job.session_id) if job.session_id else None,
+            end_user=self._opaque(job.user_id) if job.user_id else None,
+            session=self._opaque(job.session_id) if job.session_id else None,
         )
+
+    def _opaque(self, name: str) -> str:
+        secret = f"{self.settings.namespace}\0{self.settings.user_hash_key.get_secret_value()}".encode()
+        return hashlib.blake2b(name.encode(), key=hashlib.sha256(secret).digest(), digest_size=16).hexdigest()
 
 
 def _job(
@@ -293,10 +304,6 @@ def _time_for(job: Job, context: ExecutionContext | None) -> float | None:
 
 def _shortest(*seconds: float | None) -> float | None:
     return min((value for value in seconds if value is not None), default=None)
-
-
-def _opaque(namespace: str, name: str) -> str:
-    return hashlib.blake2b(name.encode(), key=namespace.encode()[:64], digest_size=16).hexdigest()
 
 
 def _attempt(model: ModelInfo, outcome: Answer | ProviderError, latency_ms: int) -> Attempt:
@@ -340,13 +347,27 @@ def _response(job: Job, answer: Answer, attempts: list[Attempt]) -> LLMResponse:
     )
 
 
-def _named(error: ProviderError, endpoint: Endpoint, model: ModelInfo) -> ProviderError:
-    """Say where it happened; the provider's words may repeat our key, which no error may show."""
+def _named(error: ProviderError, job: Job, endpoint: Endpoint, model: ModelInfo) -> ProviderError:
+    """Say where it happened, without the provider's words when they repeat our key or the job's text."""
     error.provider, error.model_id = model.provider, model.id
     message = error.message.replace(endpoint.api_key, "***") if endpoint.api_key else error.message
+    ours, colon, words = message.partition(": ")
+    if colon and _repeats(words, [*(turn.content for turn in job.turns), job.system or ""]):
+        message = f"{ours}: (the provider's words repeat the job's text)"
     error.message = f"{model.ref}: {message}"
     error.args = (error.message,)
     return error
+
+
+def _repeats(words: str, texts: Iterable[str]) -> bool:
+    """Whether ``words`` hold a stretch of a text, or all of a short one."""
+    for text in texts:
+        length = min(len(text), REPEATED_CHARACTERS)
+        if length >= TELLING_CHARACTERS and any(
+            words[at : at + length] in text for at in range(len(words) - length + 1)
+        ):
+            return True
+    return False
 
 
 def _with_attempts(error: ProviderError, attempts: list[Attempt]) -> ProviderError:

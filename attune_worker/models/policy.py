@@ -16,10 +16,11 @@ from attune_worker.settings import RetrySettings
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A call that failed, and on which model."""
+    """A call that failed: on which model, how, and when (seconds of some clock that only goes forward)."""
 
     model: ModelInfo
     error: ProviderError
+    at_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +37,28 @@ def next_call(
     settings: RetrySettings,
     remaining_seconds: float,
     random: Callable[[], float],
+    now_seconds: float = 0.0,
 ) -> NextCall | None:
     """Return the next call to make, or None to give up.
 
     ``candidates`` come in order of preference, ``failures`` in order of time; ``random`` returns a
-    number from 0 to 1. A wait that would outlast ``remaining_seconds`` is never begun.
+    number from 0 to 1. A model is not called before the time that its provider asked for has passed,
+    and a wait that would outlast ``remaining_seconds`` is never begun.
     """
     if not failures:
-        return NextCall(candidates[0])
+        return NextCall(candidates[0]) if candidates else None
     last = failures[-1]
     if len(failures) >= settings.max_attempts or isinstance(last.error, BadRequestError):
         return None
     left = [model for model in candidates if _may_serve(model, failures, settings)]
-    others = [model for model in left if model != last.model]
-    if last.model in left and not (others and isinstance(last.error, RateLimitedError)):
-        wait_seconds = _wait(last, failures, settings, random)
-        if wait_seconds < remaining_seconds:
-            return NextCall(last.model, wait_seconds)
-    return NextCall(_least_tried(others, failures)) if others else None
+    waits = {model: _wait(model, failures, settings, random, now_seconds) for model in left}
+    in_time = [model for model in left if waits[model] < remaining_seconds]
+    if not in_time:
+        return None
+    if last.model in in_time and not isinstance(last.error, RateLimitedError):
+        return NextCall(last.model, waits[last.model])
+    soonest = min(in_time, key=lambda model: (waits[model], _tries(model, failures)))
+    return NextCall(soonest, waits[soonest])
 
 
 def _may_serve(model: ModelInfo, failures: Sequence[Failure], settings: RetrySettings) -> bool:
@@ -75,18 +80,28 @@ def _larger_window(model: ModelInfo, than: ModelInfo) -> bool:
     return (model.context_window or 0) > (than.context_window or 0)
 
 
-def _least_tried(models: Sequence[ModelInfo], failures: Sequence[Failure]) -> ModelInfo:
-    return min(models, key=lambda model: sum(failure.model == model for failure in failures))
+def _tries(model: ModelInfo, failures: Sequence[Failure]) -> int:
+    return sum(failure.model == model for failure in failures)
 
 
-def _wait(last: Failure, failures: Sequence[Failure], settings: RetrySettings, random: Callable[[], float]) -> float:
-    """Return the seconds to wait: what the provider asked for, else exponential backoff.
+def _wait(
+    model: ModelInfo,
+    failures: Sequence[Failure],
+    settings: RetrySettings,
+    random: Callable[[], float],
+    now_seconds: float,
+) -> float:
+    """Return the seconds until a model may be called: none if it has not failed yet.
 
+    Otherwise what its provider asked for, else exponential backoff, counted from its last failure.
     Half of the backoff is fixed and half random ("equal jitter"), so that workers that failed
     together do not come back together.
     """
-    if last.error.retry_after is not None:
-        return last.error.retry_after
-    tried = sum(failure.model == last.model for failure in failures)
-    backoff_seconds: float = min(settings.backoff_cap_seconds, settings.backoff_seconds * 2.0 ** (tried - 1))
-    return backoff_seconds * (0.5 + random() / 2)
+    last = next((failure for failure in reversed(failures) if failure.model == model), None)
+    if last is None:
+        return 0.0
+    pause = last.error.retry_after
+    if pause is None:
+        doubled = settings.backoff_seconds * 2.0 ** (_tries(model, failures) - 1)
+        pause = min(settings.backoff_cap_seconds, doubled) * (0.5 + random() / 2)
+    return max(0.0, last.at_seconds + pause - now_seconds)

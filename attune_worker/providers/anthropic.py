@@ -32,6 +32,12 @@ class Anthropic:
     (413 ``request_too_large``) can be told apart, and is a ``ContextTooLongError``.
     """
 
+    def misfit(self, temperature: float | None, stop: tuple[str, ...]) -> str | None:
+        """Say why the Messages API would refuse these: temperatures end at 1, stop sequences need some ink."""
+        if temperature is not None and temperature > 1:
+            return "takes temperatures up to 1"
+        return "takes no stop sequence of white space" if any(not text.strip() for text in stop) else None
+
     def build(self, endpoint: Endpoint, chat: ChatRequest) -> HttpRequest:
         """Return the request that asks ``chat``; all system messages go to the front, as the API wants them."""
         headers = {

@@ -78,6 +78,10 @@ class Answer:
 class Provider(Protocol):
     """One wire format."""
 
+    def misfit(self, temperature: float | None, stop: tuple[str, ...]) -> str | None:
+        """Say which of these the wire format has no room for, or return None."""
+        ...
+
     def build(self, endpoint: Endpoint, chat: ChatRequest) -> HttpRequest:
         """Return the request that asks ``chat`` of ``endpoint``."""
         ...

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+import httpcore
 import httpx
 
 from attune_worker.errors import MalformedAnswerError, ProviderConnectionError, ProviderTimeoutError
@@ -41,31 +42,31 @@ class HttpSender:
         Raises ``ProviderTimeoutError``, ``ProviderConnectionError``, or ``MalformedAnswerError`` for
         an answer beyond ``max_response_bytes``. Redirects are not followed: they come back as they are.
         """
-        deadline = time.monotonic() + timeout_seconds
+        own = self._own
+        own.network.deadline = time.monotonic() + timeout_seconds
         with _failures_named():
-            response = self._transport.handle_request(self._prepared(request, timeout_seconds))
+            response = own.transport.handle_request(self._prepared(request, timeout_seconds))
             try:
                 body = bytearray()
                 for chunk in response.iter_bytes():
                     body += chunk
-                    self._check(len(body), deadline)
+                    self._check(len(body))
             finally:
                 response.close()
         return HttpResponse(response.status_code, _lowered(response), bytes(body))
 
     async def asend(self, request: HttpRequest, timeout_seconds: float) -> HttpResponse:
         """Send as ``send`` does, without blocking the event loop, over a connection of its own."""
-        deadline = time.monotonic() + timeout_seconds
         with _failures_named():
             async with (
                 asyncio.timeout(timeout_seconds),
-                httpx.AsyncHTTPTransport(verify=self._tls, proxy=self._settings.proxy) as transport,
+                httpx.AsyncHTTPTransport(verify=self._tls, proxy=self._proxy) as transport,
             ):
                 response = await transport.handle_async_request(self._prepared(request, timeout_seconds))
                 body = bytearray()
                 async for chunk in response.aiter_bytes():
                     body += chunk
-                    self._check(len(body), deadline)
+                    self._check(len(body))
         return HttpResponse(response.status_code, _lowered(response), bytes(body))
 
     def _prepared(self, request: HttpRequest, timeout_seconds: float) -> httpx.Request:
@@ -79,19 +80,21 @@ class HttpSender:
             "POST", request.url, headers=request.headers, content=request.body, extensions={"timeout": timeout}
         )
 
-    def _check(self, size: int, deadline: float) -> None:
+    def _check(self, size: int) -> None:
         if size > self._settings.max_response_bytes:
             raise MalformedAnswerError(f"the answer is longer than {self._settings.max_response_bytes} bytes")
-        if time.monotonic() > deadline:
-            raise ProviderTimeoutError("the answer was still arriving when its time was up")
 
     @property
-    def _transport(self) -> httpx.HTTPTransport:
+    def _own(self) -> _OwnTransport:
         own: _OwnTransport | None = getattr(self._local, "own", None)
         if own is None:
-            own = _OwnTransport(httpx.HTTPTransport(verify=self._tls, limits=LIMITS, proxy=self._settings.proxy))
-            self._local.own = own
-        return own.transport
+            transport = httpx.HTTPTransport(verify=self._tls, limits=LIMITS, proxy=self._proxy)
+            own = self._local.own = _OwnTransport(transport)
+        return own
+
+    @property
+    def _proxy(self) -> str | None:
+        return self._settings.proxy.get_secret_value() if self._settings.proxy else None
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
@@ -103,7 +106,46 @@ class _OwnTransport:
 
     def __init__(self, transport: httpx.HTTPTransport) -> None:
         self.transport = transport
+        # httpx has no parameter for what httpcore calls the network backend.
+        self.network = transport._pool._network_backend = _Network()  # noqa: SLF001
         weakref.finalize(self, transport.close)
+
+
+class _Network(httpcore.SyncBackend):
+    """Connections whose reads end at ``deadline`` (seconds, monotonic), one answer at a time.
+
+    httpcore bounds every single read, so a server that sends a byte now and then would never be late.
+    """
+
+    deadline = float("inf")
+
+    def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
+        """Connect as httpcore does."""
+        return _Stream(super().connect_tcp(*args, **kwargs), self)
+
+
+class _Stream(httpcore.NetworkStream):
+    def __init__(self, stream: httpcore.NetworkStream, network: _Network) -> None:
+        self._stream = stream
+        self._network = network
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        left = self._network.deadline - time.monotonic()
+        if left <= 0:
+            raise httpcore.ReadTimeout("the answer was still arriving when its time was up")
+        return self._stream.read(max_bytes, left if timeout is None else min(timeout, left))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, timeout)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(self, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
+        return _Stream(self._stream.start_tls(*args, **kwargs), self._network)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
 
 
 @contextmanager

@@ -25,12 +25,20 @@ FINISH_REASONS: Mapping[str, str] = {"tool_calls": "tool_use", "function_call": 
 """``finish_reason`` where ours differs; stop, length and content_filter are OpenAI's words."""
 
 
+MAX_STOPS = 4
+"""https://platform.openai.com/docs/api-reference/chat/create"""
+
+
 class OpenAI:
     """Chat Completions: ``POST {base_url}/chat/completions``.
 
     What is sent is what was asked: a model that takes no ``temperature`` or ``stop`` answers 400, so
     the caller must know its models. Only OpenAI itself gets OpenAI's newer fields.
     """
+
+    def misfit(self, temperature: float | None, stop: tuple[str, ...]) -> str | None:
+        """Say why Chat Completions would refuse these: there may be four stop sequences."""
+        return f"takes at most {MAX_STOPS} stop sequences" if len(stop) > MAX_STOPS else None
 
     def build(self, endpoint: Endpoint, chat: ChatRequest) -> HttpRequest:
         """Return the request that asks ``chat``; a server that needs no key gets none."""

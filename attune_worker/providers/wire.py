@@ -61,6 +61,8 @@ def optional_count(fields: Mapping[str, Any], name: str) -> int | None:
     value = fields.get(name)
     if value is None:
         return None
+    if isinstance(value, float) and value.is_integer():  # some servers write 12.0
+        value = int(value)
     if type(value) is not int or not 0 <= value <= MAX_COUNT:  # isinstance would let true and false through
         raise UnreadableError(f"{name!r} is not a count of tokens")
     return value

@@ -19,8 +19,9 @@ MAX_CONNECTIONS = 64
 def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Redis:
     """Return a client for the shared state; nothing is sent until it is used.
 
-    Every command has a timeout, and is sent again a few times when the connection breaks: all that
-    attune-worker sends may safely arrive twice. Raises ``ConfigurationError`` for a URL that is none.
+    Every command has a timeout. It is sent again a few times when the connection breaks, though not when
+    the timeout passes: all that attune-worker sends may safely arrive twice. Raises
+    ``ConfigurationError`` for a URL that is none.
     """
     timeout_seconds = settings.redis_timeout_seconds
     try:
@@ -32,11 +33,14 @@ def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Re
             socket_connect_timeout=timeout_seconds,
             socket_keepalive=True,
             health_check_interval=25,
-            retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3),
+            encoding_errors="surrogatepass",
+            retry=Retry(
+                ExponentialWithJitterBackoff(base=0.05, cap=0.5), 3, supported_errors=(exceptions.ConnectionError,)
+            ),
         )
     except ValueError:  # its words may quote the password
         raise ConfigurationError(
-            "redis_url: it should be like redis://:password@host:6379/0, rediss://… or unix://…, "
+            "redis_url: it should be like redis://:password@host:6379/0, or rediss://…, "
             "with special characters in the password percent-encoded"
         ) from None
     return Redis(connection_pool=pool)

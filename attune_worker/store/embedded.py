@@ -147,15 +147,15 @@ class EmbeddedRedis:
         return False
 
 
-def end_with_owner() -> Callable[[], None] | None:
-    """Return what a child process runs first, so that the kernel ends it when its owner dies, however that dies.
+def end_with_owner(how: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
+    """Return what a child process runs first, so that the kernel sends it ``how`` when its owner dies.
 
     Linux only, and only for a child that the main thread starts: the kernel goes by the thread.
     """
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return None
     prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    return lambda: prctl(_PR_SET_PDEATHSIG, how)
 
 
 def _free_port() -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from math import ceil
 
+from pydantic import JsonValue
 from redis import Redis
 
-from attune_worker.errors import JobNotFoundError
+from attune_worker.errors import InvalidJobError, JobNotFoundError
 from attune_worker.jobs import Job, JobError, JobResult, JobStatus
 from attune_worker.settings import Settings
 from attune_worker.store.connection import connect, reaching
@@ -66,6 +68,7 @@ class Record:
     started_ms: int | None = None
     ended_ms: int | None = None
     attempts: int = 0
+    metadata: dict[str, JsonValue] = field(default_factory=dict)
 
     def to_result(self) -> JobResult:
         """Return the result of a job that has ended; raises ``JobNotFoundError`` for one that is unknown."""
@@ -73,7 +76,13 @@ class Record:
             raise JobNotFoundError(self.job_id)
         if self.result is not None:
             return JobResult.model_validate_json(self.result)
-        return JobResult(job_id=self.job_id, status=self.status, error=_ENDED_WITHOUT_A_CALL.get(self.status))
+        return JobResult(
+            job_id=self.job_id,
+            status=self.status,
+            queue_ms=(self.ended_ms or 0) - (self.accepted_ms or 0),
+            error=_ENDED_WITHOUT_A_CALL.get(self.status),
+            metadata=self.metadata,
+        )
 
 
 _ENDED_WITHOUT_A_CALL = {
@@ -153,7 +162,7 @@ class Records:
         with reaching(self._settings), self._redis.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
                 pipeline.hmget(self._keys(job_id).record, fields)
-            return [_record(*pair) for pair in zip(job_ids, pipeline.execute(), strict=True)]
+            return [self._record(*pair) for pair in zip(job_ids, pipeline.execute(), strict=True)]
 
     def watch(self, job_ids: Sequence[str], channel: str) -> list[Record]:
         """Read where jobs are, and have ``channel`` told the id of each that has not ended yet, when it does."""
@@ -162,11 +171,19 @@ class Records:
             keys = self._keys(job_id)
             calls.append(((keys.record, keys.waiters), (channel, WAITER_SECONDS)))
         with reaching(self._settings):
-            return [_record(*pair) for pair in zip(job_ids, WATCH.many(self._redis, calls), strict=True)]
+            return [self._record(*pair) for pair in zip(job_ids, WATCH.many(self._redis, calls), strict=True)]
 
     def close(self) -> None:
         """Give the connections back."""
         self._redis.close()
+
+    def _record(self, job_id: str, fields: Sequence[bytes | None]) -> Record:
+        record = _record(job_id, fields)
+        if record.status.ended and record.result is None:  # it ended without a call: the job itself tells the rest
+            job = self._redis.hget(self._keys(job_id).record, "job")
+            with suppress(InvalidJobError):
+                return replace(record, metadata=Job.from_json(job or b"").metadata)
+        return record
 
     def _keys(self, job_id: str) -> JobKeys:
         return JobKeys.of(self._settings.namespace, job_id)

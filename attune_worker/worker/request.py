@@ -13,6 +13,20 @@ HIDDEN = "(...)"
 logging.getLogger("celery.pool").setLevel(logging.INFO)
 
 
+class _WithoutBodies(logging.Filter):
+    """Cuts the contents of a message off the log record that says what is wrong with it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        head, newline, rest = str(record.msg).partition("\n")
+        if newline and "body" in head + rest and isinstance(record.args, tuple):
+            record.msg, record.args = head, record.args[: head.count("%s") + head.count("%r")]
+        return True
+
+
+# Messages that are not for us, or cannot be read, would be logged whole; a job may be in them.
+logging.getLogger("celery.worker.consumer.consumer").addFilter(_WithoutBodies())
+
+
 class QuietRequest(Request):  # type: ignore[misc]  # celery has no type information
     """A request whose arguments stay out of events, logs and ``inspect``, whoever sent it and however."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from pydantic import JsonValue
@@ -24,13 +24,15 @@ from attune_worker.settings import Settings
 from attune_worker.store.records import Claim, Records
 from attune_worker.submission import Submission
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 LEASE_MARGIN_SECONDS = 60.0
 """How much longer than a job may run its claim is held."""
 
-FINISH_PATIENCE_SECONDS = 120.0
-"""How long an end is held in memory and offered again while Redis is away: the answer has been paid for."""
+PATIENCE_SECONDS = 120.0
+"""How long a job waits for Redis to come back, before its call, and after it with an answer that has been paid for."""
 
 
 class Runner:
@@ -43,23 +45,20 @@ class Runner:
         self._inbox = Inbox(settings)
         self._executor = EmpathyLLMExecutor(settings)
 
-        for name, provider in settings.providers.items():
-            if provider.requests_per_minute or provider.tokens_per_minute:
-                logger.warning("providers.%s: requests_per_minute and tokens_per_minute are not enforced yet", name)
-
     def run(self, job_id: str) -> JobResult:
         """Run the job unless it has ended or runs elsewhere, and return where it stands then.
 
         Raises ``JobNotFoundError`` for an id without a record, ``ServiceUnavailableError`` when Redis is away.
         """
         lease_seconds = self._settings.timeout_seconds + LEASE_MARGIN_SECONDS
-        claim = self._records.claim(job_id, uuid4().hex, lease_seconds)
+        owner = uuid4().hex
+        claim = self._patiently(lambda: self._records.claim(job_id, owner, lease_seconds))
         if not isinstance(claim, Claim):
             if claim is JobStatus.UNKNOWN:
                 raise JobNotFoundError(job_id)
             return self._records.read([job_id])[0].to_result()
         result = self._execute(job_id, claim)
-        if not self._finish(claim.fence, result):
+        if not self._patiently(lambda: self._records.finish(claim.fence, result)):
             logger.warning("job %s ended here as %s, but its end was already written", job_id, result.status)
             return self._records.read([job_id])[0].to_result()
         return result
@@ -89,15 +88,17 @@ class Runner:
             return _failed(job_id, claim, AttuneError(f"internal error: {type(error).__name__}"), metadata)
         return _succeeded(job_id, claim, response)
 
-    def _finish(self, fence: int, result: JobResult) -> bool:
-        give_up = time.monotonic() + FINISH_PATIENCE_SECONDS
+    @staticmethod
+    def _patiently(script: Callable[[], T]) -> T:
+        """Run a script of the job's record, again and again for a while if Redis is away: each may run twice."""
+        give_up = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                return self._records.finish(fence, result)
+                return script()
             except ServiceUnavailableError as error:
                 if time.monotonic() > give_up:
                     raise
-                logger.warning("cannot write the end of job %s yet: %s", result.job_id, error)
+                logger.warning("waiting for Redis: %s", error)
                 time.sleep(1.0)
 
 

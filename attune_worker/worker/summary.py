@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 from attune_worker.jobs import JobResult
@@ -23,12 +22,19 @@ class Summary:
         result = self.result
         words = [result.status.value]
         if result.model_id is not None:
-            words += [result.model_id, _money(result.cost_usd)]
+            words += [result.model_id, self._money]
         if result.error is not None:
             words.append(result.error.type)
         if result.latency_ms is not None:
             words.append(_duration(result.latency_ms))
         return " ".join(words)
+
+    @property
+    def _money(self) -> str:
+        if self.result.cost_usd is None:
+            return "$?"
+        known = all(attempt.cost_usd is not None for attempt in self.result.attempts)
+        return f"{'' if known else '≥'}${self.result.cost_usd.normalize():f}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as a JSON object; ``attempts`` is their number, ``cost_usd`` a decimal string."""
@@ -47,10 +53,6 @@ class Summary:
         }
 
     __json__ = to_json
-
-
-def _money(amount: Decimal | None) -> str:
-    return "$?" if amount is None else f"${amount.normalize():f}"
 
 
 def _duration(milliseconds: int) -> str:

@@ -54,6 +54,7 @@ def test_the_second_line_with_an_id_is_invalid(tmp_path):
     assert first.reason is None
     assert "line 1" in second.reason
     assert second.id != first.id
+    assert second.given_id == "a"
 
 
 def test_jobs_of_one_run_have_one_key_and_other_runs_have_another(tmp_path):
@@ -88,10 +89,20 @@ def test_results_remember_what_is_done_and_keep_their_run_until_it_is_finished(t
 def test_a_result_that_was_cut_off_is_dropped(tmp_path):
     """A process killed while writing leaves half a line, which must not stand before a whole one."""
     path = tmp_path / "out.jsonl"
-    path.write_bytes(b'{"id": "a", "status": "succeeded"}\n{"id": "b", "sta')
+    path.write_bytes(b'{"id": "a", "line": 1, "status": "succeeded"}\n{"id": "b", "sta')
     with Results(path) as results:
         assert results.done == {"a"}
-    assert path.read_bytes() == b'{"id": "a", "status": "succeeded"}\n'
+    assert path.read_bytes() == b'{"id": "a", "line": 1, "status": "succeeded"}\n'
+
+
+@pytest.mark.parametrize("content", [b"precious text\n", b'{"id": "a", "prompt": "a job"}\n', b"[1]\n[2]\n"])
+def test_a_file_that_holds_no_results_is_left_alone(tmp_path, content):
+    """A slip on the command line must not cost anybody a file."""
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match="line 1 is no result"), Results(path):
+        pass
+    assert path.read_bytes() == content
 
 
 def test_failed_results_are_dropped_only_on_request_and_then_run_as_new_jobs(tmp_path):

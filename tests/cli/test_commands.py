@@ -9,6 +9,10 @@ from decimal import Decimal
 import httpx
 import psutil
 import pytest
+from redis import Redis
+
+from attune_worker import Client, JobStatus, Settings
+from attune_worker.store.embedded import EmbeddedRedis
 
 COMMAND = [sys.executable, "-m", "attune_worker"]
 PROVIDER_KEYS = {"ANTHROPIC_API_KEY", "OPENAI_API_KEY", "GEMINI_API_KEY"}
@@ -50,6 +54,22 @@ def test_the_demo_shows_a_table_and_says_which_provider_it_asked(environ, tmp_pa
     assert "no real provider is called" in ran.stdout
     assert "the same to the nano-dollar" in ran.stdout
     assert "sk-real" not in ran.stdout + ran.stderr
+
+
+def test_the_demo_keeps_to_itself_in_a_redis_that_others_use(environ, tmp_path):
+    """Its worker takes no job but its own, whatever attune.toml says, and nothing of it stays behind."""
+    (tmp_path / "attune.toml").write_text('provider_order = ["openai"]\n')
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        reached = {**environ, "ATTUNE_REDIS_URL": server.url}
+        with Client(Settings.load(environ=reached)) as client:
+            theirs = client.submit("summarize", "Somebody else's job.")
+            ran = command(reached, "demo", "--json", cwd=tmp_path)
+            assert ran.returncode == 0, ran.stderr
+            assert "Using Redis at redis://:***@127.0.0.1" in ran.stderr
+            assert {job["provider"] for job in json.loads(ran.stdout)["jobs"]} == {"anthropic"}
+            assert theirs.status() is JobStatus.QUEUED
+        with Redis.from_url(server.url) as redis:
+            assert list(redis.scan_iter("*demo*")) == []
 
 
 def test_the_demo_cleans_up_after_ctrl_c(environ, tmp_path):

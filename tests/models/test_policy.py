@@ -183,3 +183,15 @@ def test_whole_budget_is_used_before_giving_up(
     while (step := decide(candidates, failures, settings)) is not None:
         failures.append(Failure(step.model, kind("x")))
     assert len(failures) == min(settings.max_attempts, settings.max_attempts_per_model * len(candidates))
+
+
+def test_a_model_is_not_called_before_the_time_its_provider_asked_for() -> None:
+    """With two limited models the one that is free first is waited for, however often it was tried."""
+    first, second = A1, B1
+    failures = [
+        Failure(first, RateLimitedError("x", retry_after=60), at_seconds=100),
+        Failure(second, RateLimitedError("x", retry_after=5), at_seconds=101),
+    ]
+    settings = RetrySettings()
+    assert next_call([first, second], failures, settings, 300, lambda: 0.5, 102) == NextCall(second, 4)
+    assert next_call([first, second], failures, settings, 3, lambda: 0.5, 102) is None

@@ -48,7 +48,8 @@ def test_catalog_says_when_and_where_its_numbers_are_from() -> None:
 def test_catalog_models_leave_room_for_a_prompt() -> None:
     """The answer's bound is part of the window, so it must not fill it."""
     for model in registry().all():
-        assert model.context_window is not None and model.max_output_tokens is not None
+        assert model.context_window is not None
+        assert model.max_output_tokens is not None
         assert model.max_output_tokens < model.context_window
         assert "text" in model.capabilities
 
@@ -149,7 +150,7 @@ def test_own_models_come_before_the_catalog_of_their_provider() -> None:
 def test_unknown_provider_is_refused_with_a_suggestion() -> None:
     """A typo costs one look at the message, not a search in the docs."""
     with pytest.raises(
-        ConfigurationError, match="unknown provider 'antropic'; did you mean 'anthropic'.*google.*openai"
+        ConfigurationError, match=r"unknown provider 'antropic'; did you mean 'anthropic'.*google.*openai"
     ):
         registry().get("antropic", ModelTier.CHEAP)
 

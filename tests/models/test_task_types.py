@@ -8,7 +8,8 @@ from attune_worker.jobs import ModelTier
 from attune_worker.models.task_types import TaskType, get_tier_for_task, is_known_task, normalize_task_type
 
 PUBLISHED = {
-    ModelTier.CHEAP: "summarize classify triage match_pattern extract_topics lint_check format_code simple_qa categorize",
+    ModelTier.CHEAP: "summarize classify triage match_pattern extract_topics lint_check format_code "
+    "simple_qa categorize",
     ModelTier.CAPABLE: "generate_code fix_bug review_security analyze_performance write_tests refactor explain_code "
     "document_code analyze_error suggest_fix",
     ModelTier.PREMIUM: "coordinate synthesize_results architectural_decision novel_problem final_review "

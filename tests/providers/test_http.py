@@ -104,12 +104,8 @@ def test_compressed_answer_counts_by_its_real_size(send: Send, raw_server: Any) 
     ],
     ids=["body", "chunks", "headers"],
 )
-def test_answer_that_drips_is_cut_off_at_the_deadline(
-    send: Send, raw_server: Any, request: pytest.FixtureRequest, first: bytes, drop: bytes
-) -> None:
+def test_answer_that_drips_is_cut_off_at_the_deadline(send: Send, raw_server: Any, first: bytes, drop: bytes) -> None:
     """Each byte comes in time, the whole does not: a read timeout alone would wait for hours."""
-    if request.node.callspec.id == "send-headers":
-        request.applymarker(pytest.mark.xfail(reason="httpcore bounds each read of the headers, not all of them"))
     error = error_of(send, raw_server(drips(first, drop)).url, 0.3)
     assert isinstance(error, ProviderTimeoutError)
     assert error.may_have_cost

@@ -228,7 +228,7 @@ def test_unknown_usage_is_none_and_the_answer_stays(usage: object) -> None:
     assert answer.content == "Grüezi."
 
 
-@pytest.mark.parametrize("count", [-1, 1.5, 12.0, True, "12", [], 2**31 + 1])
+@pytest.mark.parametrize("count", [-1, 1.5, True, "12", [], 2**31 + 1])
 @pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens", "total_tokens"])
 def test_counts_that_are_no_counts_are_refused(field: str, count: object) -> None:
     """Negative, broken or absurd token counts make the answer malformed instead of the bill wrong."""

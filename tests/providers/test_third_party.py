@@ -13,6 +13,9 @@ from attune_worker.providers.base import Answer, HttpRequest
 class Parrot:
     """A wire format of its own, told in another's words."""
 
+    def misfit(self, temperature, stop):
+        return None
+
     def build(self, endpoint, chat):
         prompt = chat.messages[-1].content
         body = {"model": chat.model_id, "max_tokens": 50, "messages": [{"role": "user", "content": prompt}]}

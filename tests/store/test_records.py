@@ -452,7 +452,7 @@ def test_connection_that_was_cut_is_made_again(records: Records, redis: Redis) -
 
 def test_url_of_no_known_kind_is_a_configuration_error() -> None:
     """It is found when the client is made, not when the first job is lost."""
-    with pytest.raises(ConfigurationError, match="redis_url"):
+    with pytest.raises(ConfigurationError, match="ATTUNE_REDIS_URL"):
         Records(Settings.load(environ={"ATTUNE_REDIS_URL": "http://127.0.0.1"}))
 
 

@@ -17,8 +17,9 @@ from kombu.exceptions import KombuError, OperationalError
 
 from attune_worker.app import RUN_JOB, make_app
 from attune_worker.errors import JobNotFoundError, ServiceUnavailableError
+from attune_worker.inbox import Inbox
 from attune_worker.jobs import Job, JobResult, JobStatus
-from attune_worker.results import Gathering, Inbox, await_for, wait_for
+from attune_worker.results import Gathering, await_for, wait_for
 from attune_worker.settings import Settings, get_settings, masked
 from attune_worker.store.records import Acceptance, Records
 from attune_worker.submission import Submission

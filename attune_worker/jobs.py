@@ -30,6 +30,9 @@ from pydantic_core import PydanticSerializationError
 
 from attune_worker.errors import InvalidJobError
 
+MAX_METADATA_DEPTH = 50
+"""Far below where JSON parsers give up."""
+
 MAX_FIELD_CHARACTERS = 100
 """Of a field's path in an error message: metadata may be nested without end."""
 
@@ -99,6 +102,16 @@ class Message(_Value):
         return content
 
 
+def _depth(value: object) -> int:
+    """Return how many objects and arrays stand within each other."""
+    depth, level = 0, [value]
+    while level:
+        inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        depth += bool(inner)
+        level = [part for one in inner for part in one]
+    return depth
+
+
 def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -158,6 +171,8 @@ class Job(_Value):
     @classmethod
     def _is_json(cls, metadata: dict[str, Any]) -> dict[str, Any]:
         json.dumps(metadata, allow_nan=False)
+        if _depth(metadata) > MAX_METADATA_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_METADATA_DEPTH} levels deep")
         return metadata
 
     @model_validator(mode="after")
@@ -290,7 +305,9 @@ class JobResult(_Value):
 
 
 def total_cost(attempts: Sequence[Attempt]) -> Decimal | None:
-    """Add up what is known of the attempts' costs; None when nothing is known."""
+    """Add up what is known of the attempts' costs: 0 when there were none, None when nothing is known."""
+    if not attempts:
+        return Decimal(0)
     known = [attempt.cost_usd for attempt in attempts if attempt.cost_usd is not None]
     return sum(known, Decimal(0)) if known else None
 

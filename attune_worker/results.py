@@ -1,33 +1,19 @@
-"""How does a caller learn that a job has ended? By being told, on one channel for the whole process.
-
-A client that begins to wait leaves the name of its channel with the job (WATCH); whatever ends the job
-publishes the id there. One connection and one thread serve any number of waiting callers.
-"""
+"""How does a caller wait until a job has ended? Blocking, awaiting, or for many jobs at once."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
-import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from queue import Empty, Queue
 from typing import Protocol, Self, TypeVar
-from uuid import uuid4
-
-from redis import Redis
-from redis.client import PubSub
-from redis.exceptions import RedisError
 
 from attune_worker.errors import JobNotFoundError, ResultTimeoutError
+from attune_worker.inbox import Inbox
 from attune_worker.jobs import JobStatus
-from attune_worker.settings import Settings
-from attune_worker.store.connection import connect, reaching
-from attune_worker.store.keys import inbox as inbox_channel
 from attune_worker.store.records import Record, Records
 
 T = TypeVar("T")
@@ -38,20 +24,6 @@ RECHECK_SECONDS = 30.0
 BATCH = 500
 """Most jobs that are looked at in one round trip."""
 
-_LISTEN_SECONDS = 1.0
-_RECONNECT_SECONDS = 0.2
-
-
-_inboxes: weakref.WeakSet[Inbox] = weakref.WeakSet()
-
-
-def _make_locks_anew() -> None:
-    for inbox in _inboxes:
-        inbox._lock = threading.Lock()  # noqa: SLF001  # the parent's may be held by a thread that is not here
-
-
-os.register_at_fork(after_in_child=_make_locks_anew)
-
 
 class Caller(Protocol):
     """Runs a blocking function for a coroutine, in some thread."""
@@ -59,82 +31,6 @@ class Caller(Protocol):
     async def __call__(self, function: Callable[[], T]) -> T:
         """Return what ``function`` returns."""
         ...
-
-
-class Inbox:
-    """The channel on which this process hears of ended jobs; opened by the first caller that waits."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._lock = threading.Lock()
-        self._callbacks: dict[str, set[Callable[[], None]]] = defaultdict(set)
-        self._process = 0
-        self._thread: threading.Thread | None = None
-        self._closed = threading.Event()
-        self.channel = ""
-        _inboxes.add(self)
-
-    def add(self, job_id: str, callback: Callable[[], None]) -> None:
-        """Have ``callback`` called, in the listening thread, whenever the job should be looked at again.
-
-        Raises ``ServiceUnavailableError`` when Redis is away.
-        """
-        with self._lock:
-            if self._process != os.getpid() or self._thread is None or not self._thread.is_alive():
-                self._open()  # first use, or a fork: threads do not survive one
-            self._callbacks[job_id].add(callback)
-
-    def remove(self, job_id: str, callback: Callable[[], None]) -> None:
-        """Undo ``add``."""
-        with self._lock:
-            callbacks = self._callbacks.get(job_id, set())
-            callbacks.discard(callback)
-            if not callbacks:
-                self._callbacks.pop(job_id, None)
-
-    def close(self) -> None:
-        """Stop listening; the next ``add`` begins anew."""
-        with self._lock:
-            self._closed.set()
-            self._process = 0
-
-    def _open(self) -> None:
-        self._callbacks.clear()
-        self._closed = threading.Event()
-        self.channel = inbox_channel(self._settings.namespace, uuid4().hex)
-        redis = connect(self._settings, max_connections=2)
-        pubsub = PubSub(redis.connection_pool)
-        with reaching(self._settings):
-            pubsub.subscribe(self.channel)
-            if pubsub.get_message(timeout=self._settings.redis_timeout_seconds) is None:
-                raise TimeoutError("no answer to SUBSCRIBE")
-        self._thread = threading.Thread(
-            target=self._listen, args=(redis, pubsub, self._closed), name="attune-inbox", daemon=True
-        )
-        self._thread.start()
-        self._process = os.getpid()
-
-    def _listen(self, redis: Redis, pubsub: PubSub, closed: threading.Event) -> None:
-        while not closed.is_set():
-            try:
-                message = pubsub.get_message(timeout=_LISTEN_SECONDS)
-            except (RedisError, OSError):
-                closed.wait(_RECONNECT_SECONDS)  # redis-py connects and subscribes again by itself
-                continue
-            if message is None:
-                continue
-            if message["type"] == "subscribe":  # also after a cut, during which messages may have been lost
-                self._tell(list(self._callbacks))
-            else:
-                self._tell([message["data"].decode(errors="surrogatepass")])
-        pubsub.close()
-        redis.close()
-
-    def _tell(self, job_ids: list[str]) -> None:
-        with self._lock:
-            callbacks = [callback for job_id in job_ids for callback in self._callbacks.get(job_id, ())]
-        for callback in callbacks:
-            callback()
 
 
 def wait_for(records: Records, inbox: Inbox, job_id: str, timeout_seconds: float | None) -> Record:
@@ -148,7 +44,7 @@ def wait_for(records: Records, inbox: Inbox, job_id: str, timeout_seconds: float
     try:
         while True:
             told.clear()
-            [record] = records.watch([job_id], inbox.channel)
+            [record] = records.watch([job_id], inbox.ready())
             if record.status is JobStatus.UNKNOWN:
                 raise JobNotFoundError(job_id)
             if record.status.ended:
@@ -177,11 +73,12 @@ async def await_for(
         with suppress(RuntimeError):  # the loop was closed: nobody waits any more
             loop.call_soon_threadsafe(told.set)
 
+    inbox.add(job_id, tell)
     try:
-        await call(partial(inbox.add, job_id, tell))
         while True:
             told.clear()
-            [record] = await call(partial(records.watch, [job_id], inbox.channel))
+            channel = await call(inbox.ready)
+            [record] = await call(partial(records.watch, [job_id], channel))
             if record.status is JobStatus.UNKNOWN:
                 raise JobNotFoundError(job_id)
             if record.status.ended:
@@ -256,7 +153,7 @@ class Gathering:
         found = []
         for start in range(0, len(self._look_at), BATCH):
             batch = [job_id for job_id in self._look_at[start : start + BATCH] if job_id in self._callbacks]
-            for record in self._records.watch(batch, self._inbox.channel):
+            for record in self._records.watch(batch, self._inbox.ready()):
                 if record.status.ended or record.status is JobStatus.UNKNOWN:
                     self._forget(record.job_id)
                     found.append(record)

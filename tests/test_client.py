@@ -290,8 +290,8 @@ def test_closed_client_can_be_used_again(
         waiting = pool.submit(handle.result, SOON)
         until(
             lambda: (
-                redis.sismember(JobKeys.of(settings.namespace, handle.id).waiters, client.inbox.channel)
-                and redis.pubsub_numsub(client.inbox.channel)[0][1] == 1
+                redis.sismember(JobKeys.of(settings.namespace, handle.id).waiters, client.inbox.ready())
+                and redis.pubsub_numsub(client.inbox.ready())[0][1] == 1
             )
         )
         finish(handle.id)
@@ -441,3 +441,25 @@ def test_result_function_reads_with_the_settings_of_the_process(
     finish(handle.id, "the answer")
     code = f"import attune_worker; print(attune_worker.result({handle.id!r}).content)"
     assert in_process(code, environ).stdout.strip() == "the answer"
+
+
+def test_closing_a_client_wakes_its_waiters_into_a_new_channel(client: Client, finish: Any, until: Any) -> None:
+    """Another thread may still wait on the client that one thread closes; it must hear of the end at once."""
+    handle = client.submit("summarize", "?")
+    with ThreadPoolExecutor(1) as pool:
+        first = client.inbox.ready()
+        waiting = pool.submit(handle.result, SOON)
+        until(lambda: client.inbox._callbacks)
+        client.close()
+        until(lambda: client.inbox.ready() != first)
+        finish(handle.id)
+        assert waiting.result(SOON).succeeded
+
+
+def test_deep_metadata_is_refused_before_anything_is_written(client: Client) -> None:
+    """What cannot be read back must not be accepted."""
+    metadata: dict[str, Any] = {}
+    for _ in range(60):
+        metadata = {"a": metadata}
+    with pytest.raises(InvalidJobError, match="nested more than 50 levels"):
+        client.submit("summarize", "?", metadata=metadata)

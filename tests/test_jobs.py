@@ -247,7 +247,7 @@ def test_limit_given_as_a_float_is_the_number_that_was_typed() -> None:
 
 
 def test_total_is_what_is_known() -> None:
-    """An attempt of unknown cost adds nothing, and only unknown ones make the total unknown."""
+    """An attempt of unknown cost adds nothing, only unknown ones make the total unknown, and none cost nothing."""
 
     def attempt(cost: str | None) -> Attempt:
         usd = None if cost is None else Decimal(cost)
@@ -255,7 +255,7 @@ def test_total_is_what_is_known() -> None:
 
     assert total_cost([attempt("0.1"), attempt(None), attempt("0.2")]) == Decimal("0.3")
     assert total_cost([attempt(None)]) is None
-    assert total_cost([]) is None
+    assert total_cost([]) == 0
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,8 @@ class Tally:
     def add(self, result: JobResult, lines: int) -> None:
         """Count the result of one job, which may stand for several lines with the same key."""
         self.statuses[result.status.value] += lines
-        if result.cost_usd is not None:
-            self.cost_usd += result.cost_usd
-        elif result.succeeded:
-            self.unpriced += 1
+        self.cost_usd += result.cost_usd or 0
+        self.unpriced += result.cost_usd is None or any(attempt.cost_usd is None for attempt in result.attempts)
 
     @property
     def failed(self) -> int:
@@ -242,8 +240,9 @@ def _usd(amount: Decimal) -> str:
 
 def _report(tally: Tally, output: Path, console: Console) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in sorted(tally.statuses.items())) or "nothing was missing"
-    unpriced = f" (and {tally.unpriced} answers whose price is not known)" if tally.unpriced else ""
-    console.print(f"{counts}; ${_usd(tally.cost_usd)}{unpriced}; results in {output}", highlight=False, soft_wrap=True)
+    unpriced = f" (of {tally.unpriced} jobs not all of the cost is known)" if tally.unpriced else ""
+    cost = f"{'≥' if unpriced else ''}${_usd(tally.cost_usd)}{unpriced}"
+    console.print(f"{counts}; {cost}; results in {output}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

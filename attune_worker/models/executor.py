@@ -11,7 +11,7 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -20,6 +20,7 @@ from pydantic import JsonValue
 
 from attune_worker.errors import DeadlineExceededError, ProviderError
 from attune_worker.jobs import Attempt, Job, ModelTier, Usage, total_cost
+from attune_worker.models.attempts import attempt_of, located
 from attune_worker.models.policy import Failure, next_call
 from attune_worker.models.pricing import cost, worst_case_cost
 from attune_worker.models.registry import ModelInfo, Registry
@@ -30,12 +31,6 @@ from attune_worker.providers.http import HttpSender
 from attune_worker.settings import Settings, get_settings
 
 logger = logging.getLogger(__name__)
-
-REPEATED_CHARACTERS = 16
-"""A provider's error message that shares this much with the prompt is taken to quote it."""
-
-TELLING_CHARACTERS = 5
-"""A prompt shorter than this gives nothing away."""
 
 _OVERRIDES = {
     "workflow": "workflow_name",
@@ -264,8 +259,8 @@ class EmpathyLLMExecutor:
             assert reply is not None  # noqa: S101  # the drivers answer every Send
             outcome = reply
         if isinstance(outcome, ProviderError):
-            outcome = _named(outcome, job, endpoint, model)
-        return outcome, _attempt(model, outcome, latency_ms)
+            outcome = located(outcome, job, endpoint, model)
+        return outcome, attempt_of(model, outcome, latency_ms)
 
     def _chat(self, job: Job, model: ModelInfo) -> ChatRequest:
         return ChatRequest(
@@ -306,30 +301,6 @@ def _shortest(*seconds: float | None) -> float | None:
     return min((value for value in seconds if value is not None), default=None)
 
 
-def _attempt(model: ModelInfo, outcome: Answer | ProviderError, latency_ms: int) -> Attempt:
-    if isinstance(outcome, ProviderError):
-        return Attempt(
-            model_id=model.id,
-            provider=model.provider,
-            tier=model.tier,
-            outcome="failed",
-            error_type=outcome.type,
-            latency_ms=latency_ms,
-            cost_usd=None if outcome.may_have_cost else Decimal(0),
-            status=outcome.status,
-            request_id=outcome.request_id,
-        )
-    return Attempt(
-        model_id=model.id,
-        provider=model.provider,
-        tier=model.tier,
-        outcome="succeeded",
-        latency_ms=latency_ms,
-        cost_usd=cost(model, outcome.usage) if outcome.usage is not None else None,
-        request_id=outcome.request_id,
-    )
-
-
 def _response(job: Job, answer: Answer, attempts: list[Attempt]) -> LLMResponse:
     last = attempts[-1]
     return LLMResponse(
@@ -345,29 +316,6 @@ def _response(job: Job, answer: Answer, attempts: list[Attempt]) -> LLMResponse:
         request_id=answer.request_id,
         metadata=job.metadata,
     )
-
-
-def _named(error: ProviderError, job: Job, endpoint: Endpoint, model: ModelInfo) -> ProviderError:
-    """Say where it happened, without the provider's words when they repeat our key or the job's text."""
-    error.provider, error.model_id = model.provider, model.id
-    message = error.message.replace(endpoint.api_key, "***") if endpoint.api_key else error.message
-    ours, colon, words = message.partition(": ")
-    if colon and _repeats(words, [*(turn.content for turn in job.turns), job.system or ""]):
-        message = f"{ours}: (the provider's words repeat the job's text)"
-    error.message = f"{model.ref}: {message}"
-    error.args = (error.message,)
-    return error
-
-
-def _repeats(words: str, texts: Iterable[str]) -> bool:
-    """Whether ``words`` hold a stretch of a text, or all of a short one."""
-    for text in texts:
-        length = min(len(text), REPEATED_CHARACTERS)
-        if length >= TELLING_CHARACTERS and any(
-            words[at : at + length] in text for at in range(len(words) - length + 1)
-        ):
-            return True
-    return False
 
 
 def _with_attempts(error: ProviderError, attempts: list[Attempt]) -> ProviderError:

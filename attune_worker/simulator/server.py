@@ -150,6 +150,8 @@ class _Exchange(HTTPMessageDelegate):
         lines = [f"HTTP/1.1 {reply.status} {_reason(reply.status)}"]
         lines += [f"{name}: {value}" for name, value in _headers_of(reply).items()]
         stream = self._connection.detach()
+        if stream.closed():  # the caller has hung up first
+            return
         stream.write("\r\n".join([*lines, "", ""]).encode() + reply.body[: len(reply.body) // 2])
         stream.close()
 

@@ -15,6 +15,10 @@ from attune_worker.settings import Settings, masked
 MAX_CONNECTIONS = 64
 """Per process. Commands take under a millisecond, so hundreds of threads share a few connections."""
 
+CONNECTION_WAIT_SECONDS = 60.0
+"""How long a thread waits for one of them. In a worker short of CPU a crowd of threads can need seconds to take
+turns; that says nothing about Redis, whose own timeout begins when a command is sent."""
+
 
 def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Redis:
     """Return a client for the shared state; nothing is sent until it is used.
@@ -28,7 +32,7 @@ def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Re
         pool = BlockingConnectionPool.from_url(
             settings.redis_url.get_secret_value(),
             max_connections=max_connections,
-            timeout=timeout_seconds,
+            timeout=CONNECTION_WAIT_SECONDS,
             socket_timeout=timeout_seconds,
             socket_connect_timeout=timeout_seconds,
             socket_keepalive=True,

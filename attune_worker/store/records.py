@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from math import ceil
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 from redis import Redis
 
-from attune_worker.errors import InvalidJobError, JobNotFoundError
+from attune_worker.errors import AttuneError, InvalidJobError, JobNotFoundError
 from attune_worker.jobs import Job, JobError, JobResult, JobStatus
 from attune_worker.settings import Settings
 from attune_worker.store.connection import connect, reaching
@@ -75,11 +76,16 @@ class Record:
         if self.status is JobStatus.UNKNOWN:
             raise JobNotFoundError(self.job_id)
         if self.result is not None:
-            return JobResult.model_validate_json(self.result)
+            try:
+                return JobResult.model_validate_json(self.result)
+            except ValidationError:
+                raise AttuneError(f"the result of job {self.job_id} cannot be read; was it written by us?") from None
+        waited_ms = self.ended_ms - self.accepted_ms if self.ended_ms and self.accepted_ms else None
         return JobResult(
             job_id=self.job_id,
             status=self.status,
-            queue_ms=(self.ended_ms or 0) - (self.accepted_ms or 0),
+            cost_usd=Decimal(0) if self.status.ended else None,
+            queue_ms=waited_ms,
             error=_ENDED_WITHOUT_A_CALL.get(self.status),
             metadata=self.metadata,
         )

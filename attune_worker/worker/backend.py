@@ -19,3 +19,7 @@ class SharedRedisBackend(RedisBackend):  # type: ignore[misc]  # celery has no t
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("connection_pool", BlockingConnectionPool)
         super().__init__(*args, **kwargs)
+
+    def get(self, key: Any) -> Any:
+        """Read a key, again if the connection breaks, as Celery's own ``set`` does."""
+        return self.ensure(super().get, (key,))

@@ -17,9 +17,10 @@ from attune_worker.errors import (
     JobNotFoundError,
     ServiceUnavailableError,
 )
+from attune_worker.inbox import Inbox
 from attune_worker.jobs import Job, JobError, JobResult, JobStatus, total_cost
 from attune_worker.models.executor import EmpathyLLMExecutor, LLMResponse
-from attune_worker.results import Inbox, wait_for
+from attune_worker.results import wait_for
 from attune_worker.settings import Settings
 from attune_worker.store.records import Claim, Records
 from attune_worker.submission import Submission
@@ -28,11 +29,11 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-LEASE_MARGIN_SECONDS = 60.0
-"""How much longer than a job may run its claim is held."""
-
 PATIENCE_SECONDS = 120.0
 """How long a job waits for Redis to come back, before its call, and after it with an answer that has been paid for."""
+
+LEASE_MARGIN_SECONDS = PATIENCE_SECONDS + 60.0
+"""How much longer than a job may run its claim is held: its end may have to wait for Redis."""
 
 
 class Runner:

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from celery import Task, shared_task
+from celery.exceptions import Ignore
 
 from attune_worker.app import RUN_JOB, SUBMIT_JOB
 from attune_worker.worker.request import HIDDEN
@@ -43,7 +44,10 @@ _lock = threading.Lock()
 @shared_task(bind=True, base=QuietTask, name=RUN_JOB)  # type: ignore[untyped-decorator]
 def run_job(task: QuietTask, job_id: str) -> Summary:
     """Run an accepted job: the wake-up that ``Client`` sends."""
-    return Summary(task.runner.run(job_id))
+    result = task.runner.run(job_id)
+    if not result.status.ended:  # it runs elsewhere; Celery would keep "running" as the result for good
+        raise Ignore
+    return Summary(result)
 
 
 @shared_task(bind=True, base=QuietTask, name=SUBMIT_JOB)  # type: ignore[untyped-decorator]

@@ -72,7 +72,7 @@ def test_workers_are_given_time_to_finish_and_can_be_scaled():
 def test_containers_get_settings_that_exist():
     """Every ATTUNE_ variable in docker-compose.yml is a setting."""
     environ = {name for service in SERVICES.values() for name in service.get("environment", {})}
-    samples = {"ATTUNE_CONCURRENCY": "10"}
+    samples = {"ATTUNE_CONCURRENCY": "10", "ATTUNE_REDIS_URL": "redis://redis:6379/0"}
     values = {name: samples.get(name, "http://host/v1") for name in environ if name.startswith("ATTUNE_")}
     assert len(values) > 2
     Settings.load(environ=values)

@@ -226,10 +226,11 @@ def test_two_wake_ups_run_a_job_once(fleet: Fleet, until: Any) -> None:
     accepted = (new_job_id(), job, job.to_json())
     job_id = accepted[0]
     fleet.client.records.accept([accepted])
-    fleet.client._wake([accepted] * 3)
+    fleet.client.wake([accepted[0]] * 3)
     assert fleet.client.result(job_id, SOON).succeeded
-    fleet.client._wake([accepted])
-    until(lambda: log_of(fleet).count(f"[{job_id}] succeeded") == 4)
+    fleet.client.wake([accepted[0]])
+    until(lambda: (log_of(fleet).count(f"[{job_id}] succeeded"), log_of(fleet).count(f"[{job_id}] ignored")) == (2, 2))
+    assert fleet.app.AsyncResult(job_id).get(timeout=SOON)["status"] == "succeeded"  # not what a second one saw
     assert fleet.simulator.invoice()["count"] == 1
     assert fleet.client.records.read([job_id])[0].attempts == 1
 
@@ -260,7 +261,7 @@ def test_job_with_a_garbled_record_ends_failed(fleet: Fleet, redis: Redis, garba
     fleet.client.records.accept([(job_id, job, garbage or "")])
     if garbage is None:
         redis.hdel(JobKeys.of(fleet.settings.namespace, job_id).record, "job")
-    fleet.client._wake([(job_id, job, "")])
+    fleet.client.wake([job_id])
     result = fleet.client.result(job_id, SOON)
     assert result.error is not None
     assert (result.status, result.error.type) == (JobStatus.FAILED, "invalid_job")

@@ -26,9 +26,9 @@ local fence = redis.call('HGET', KEYS[1], 'fence')
 if not again then
   fence = redis.call('HINCRBY', KEYS[1], 'fence', 1)
   redis.call('HINCRBY', KEYS[1], 'attempts', 1)
-  redis.call('HSET', KEYS[1],
-    'state', 'running', 'owner', ARGV[2], 'lease_ms', now_ms + ARGV[3], 'started_ms', now_ms)
+  redis.call('HSET', KEYS[1], 'state', 'running', 'owner', ARGV[2], 'started_ms', now_ms)
   redis.call('ZREM', KEYS[2], ARGV[1])
-  redis.call('ZADD', KEYS[3], now_ms + ARGV[3], ARGV[1])
 end
+redis.call('HSET', KEYS[1], 'lease_ms', now_ms + ARGV[3])
+redis.call('ZADD', KEYS[3], now_ms + ARGV[3], ARGV[1])
 return { 'claimed', tonumber(fence), job, tonumber(accepted_ms), now_ms, deadline_ms }

@@ -1,0 +1,66 @@
+"""What is kept of one call to a provider: how it went, what it cost, and an error that gives nothing away?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from decimal import Decimal
+
+from attune_worker.errors import ProviderError
+from attune_worker.jobs import Attempt, Job
+from attune_worker.models.pricing import cost
+from attune_worker.models.registry import ModelInfo
+from attune_worker.providers.base import Answer, Endpoint
+
+REPEATED_CHARACTERS = 16
+"""A provider's error message that shares this much with the prompt is taken to quote it."""
+
+TELLING_CHARACTERS = 5
+"""A prompt shorter than this gives nothing away."""
+
+
+def attempt_of(model: ModelInfo, outcome: Answer | ProviderError, latency_ms: int) -> Attempt:
+    """Return the record of a call that ended so, after ``latency_ms``."""
+    if isinstance(outcome, ProviderError):
+        return Attempt(
+            model_id=model.id,
+            provider=model.provider,
+            tier=model.tier,
+            outcome="failed",
+            error_type=outcome.type,
+            latency_ms=latency_ms,
+            cost_usd=None if outcome.may_have_cost else Decimal(0),
+            status=outcome.status,
+            request_id=outcome.request_id,
+        )
+    return Attempt(
+        model_id=model.id,
+        provider=model.provider,
+        tier=model.tier,
+        outcome="succeeded",
+        latency_ms=latency_ms,
+        cost_usd=cost(model, outcome.usage) if outcome.usage is not None else None,
+        request_id=outcome.request_id,
+    )
+
+
+def located(error: ProviderError, job: Job, endpoint: Endpoint, model: ModelInfo) -> ProviderError:
+    """Have the error say where it happened, without the provider's words when they repeat our key or the job's text."""
+    error.provider, error.model_id = model.provider, model.id
+    message = error.message.replace(endpoint.api_key, "***") if endpoint.api_key else error.message
+    ours, colon, words = message.partition(": ")
+    if colon and _repeats(words, [*(turn.content for turn in job.turns), job.system or ""]):
+        message = f"{ours}: (the provider's words repeat the job's text)"
+    error.message = f"{model.ref}: {message}"
+    error.args = (error.message,)
+    return error
+
+
+def _repeats(words: str, texts: Iterable[str]) -> bool:
+    """Whether ``words`` hold a stretch of a text, or all of a short one."""
+    for text in texts:
+        length = min(len(text), REPEATED_CHARACTERS)
+        if length >= TELLING_CHARACTERS and any(
+            words[at : at + length] in text for at in range(len(words) - length + 1)
+        ):
+            return True
+    return False

@@ -26,6 +26,7 @@ OPEN_FILES = 20_000
 """A bare task's thread has a connection to the provider and several to Redis."""
 
 LATENCIES_SECONDS = (0.0, 2.0, 10.0)
+POOLS = ("threads", "prefork")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,13 @@ def size(pool: Pool, latency_seconds: float, *, quick: bool) -> Size | None:
     return None if quick or latency_seconds > 5 else Size(16, 64)
 
 
-def workloads(latencies: Sequence[float], jobs: int | None, *, quick: bool) -> list[Workload]:
+def workloads(pools: Sequence[str], latencies: Sequence[float], jobs: int | None, *, quick: bool) -> list[Workload]:
     """Return what one round consists of; ``jobs`` overrides their number."""
     return [
         Workload(mode, latency, chosen.concurrency, jobs or chosen.jobs)
         for latency in latencies
         for mode in MODES
-        if (chosen := size(mode.pool, latency, quick=quick)) is not None
+        if mode.pool in pools and (chosen := size(mode.pool, latency, quick=quick)) is not None
     ]
 
 
@@ -92,6 +93,7 @@ def _show(progress: Progress, task: TaskID, completed: int) -> None:
 )
 @click.option("--rounds", type=click.IntRange(min=1), help="Rounds; medians are taken over them.  [default: 3]")
 @click.option("--latency", "latencies", multiple=True, type=click.FloatRange(min=0), help="Seconds; repeatable.")
+@click.option("--pool", "pools", multiple=True, type=click.Choice(POOLS), help="Only this pool; repeatable.")
 @click.option("--jobs", type=click.IntRange(min=10), help="Jobs of each run, instead of what suits it.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all numbers there.")
 @click.option("--markdown", is_flag=True, help="Print the table of the README.")
@@ -99,6 +101,7 @@ def main(
     quick: bool,
     rounds: int | None,
     latencies: tuple[float, ...],
+    pools: tuple[str, ...],
     jobs: int | None,
     json_file: Path | None,
     markdown: bool,
@@ -107,7 +110,10 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is ended then, too
     _allow_many_connections()
     console = Console(stderr=True)
-    planned = workloads(latencies or LATENCIES_SECONDS[: 2 if quick else None], jobs, quick=quick)
+    chosen = latencies or LATENCIES_SECONDS[: 2 if quick else None]
+    planned = workloads(pools or POOLS, chosen, jobs, quick=quick)
+    if not planned:
+        raise click.UsageError("prefork is not run at that latency")
     try:
         found = cases(run_all(planned, rounds or (1 if quick else 3), console))
     except BenchmarkError as error:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 from attune_worker.errors import AttuneError, ServiceUnavailableError
@@ -26,14 +26,29 @@ STOP_SECONDS = 30.0
 SERVICE_SETTINGS = frozenset({"ATTUNE_REDIS_URL", "ATTUNE_BROKER_URL", "ATTUNE_RESULT_BACKEND"})
 """The environment variables that say which services are used."""
 
+PUT_OFF_SECONDS = 0.01
 
-def end_like_ctrl_c(how: signal.Signals) -> None:
-    """Have this process clean up on ``how`` as it does on Ctrl-C."""
 
-    def interrupt(*_: object) -> None:
+def end_on_signals() -> None:
+    """Have this process clean up on SIGTERM as it does on Ctrl-C, and on either of them wherever it comes.
+
+    Python drops what a finalizer raises, so a ``KeyboardInterrupt`` that falls into a ``__del__`` would be
+    lost; there the signal is put off until the finalizer is done. A signal that the parent had ignored
+    (``nohup``, a shell's background job) stays ignored.
+    """
+
+    def interrupt(_number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_name == "__del__":
+                signal.setitimer(signal.ITIMER_REAL, PUT_OFF_SECONDS)
+                return
+            frame = frame.f_back
         raise KeyboardInterrupt
 
-    signal.signal(how, interrupt)
+    signal.signal(signal.SIGALRM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,7 @@ from attune_worker.jobs import JobResult, JobStatus
 from attune_worker.local import (
     SERVICE_SETTINGS,
     LocalFleet,
-    end_like_ctrl_c,
+    end_on_signals,
     local_environment,
     simulated_providers,
 )
@@ -72,7 +71,7 @@ def demo(*, simulated: bool, as_json: bool) -> None:
 
     Example: attune-worker demo
     """
-    end_like_ctrl_c(signal.SIGTERM)
+    end_on_signals()
     console = Console(stderr=as_json)
     started = time.monotonic()
     with ExitStack() as stack:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from attune_worker.cli.bulk import INVALID, Line, Results, job_of, read_lines
 from attune_worker.client import Client
 from attune_worker.errors import AttuneError, ConfigurationError, IdempotencyConflictError, InvalidJobError
 from attune_worker.jobs import Job, JobResult
-from attune_worker.local import LocalFleet, end_like_ctrl_c, local_environment
+from attune_worker.local import LocalFleet, end_on_signals, local_environment
 from attune_worker.settings import Settings
 
 BATCH = 200
@@ -91,7 +90,7 @@ def run(
         raise ConfigurationError(f"{output}: the results cannot be written over the jobs")
     console = Console(stderr=True)
     tally = Tally()
-    end_like_ctrl_c(signal.SIGTERM)
+    end_on_signals()
     with ExitStack() as stack:
         results = stack.enter_context(Results(output, retry_failed=retry_failed))
         missing = sum(line.id not in results.done for line in read_lines(jobs))

@@ -10,6 +10,8 @@
     └── ExecutionError                a job ended without an answer
         ├── NoCandidateError          no configured model may serve the job
         ├── DeadlineExceededError     the deadline passed before an answer came
+        ├── NotNowError               nothing that may serve the job can be called before some time
+        ├── BudgetExceededError       a hard budget has no room for the call
         └── ProviderError             one call to a provider failed
             ├── RateLimitedError         429: wait, or use another model
             ├── CredentialError          401, 402, 403, spend limit: this key is out
@@ -160,6 +162,19 @@ class DeadlineExceededError(ExecutionError):
     """Raised when the job's deadline passed before an answer came."""
 
     type = "deadline_exceeded"
+
+
+class NotNowError(ExecutionError):
+    """Raised when every model that may serve the job has to be left alone for a while: ``retry_after`` seconds."""
+
+    retryable = True
+    type = "not_now"
+
+
+class BudgetExceededError(ExecutionError):
+    """Raised when a hard budget has no room for the call; ``retry_after`` is in seconds, when its window ends."""
+
+    type = "budget_exceeded"
 
 
 class ProviderError(ExecutionError):

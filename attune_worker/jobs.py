@@ -265,6 +265,45 @@ class Attempt(_Value):
     cost_usd: Usd | None = None
     status: int | None = None
     request_id: str | None = None
+    call_id: str | None = None
+
+
+class Candidate(_Value):
+    """A model that was weighed for a job: what was known of it there, and what became of it.
+
+    ``probability`` is the chance that it had of being chosen; the others are None where nothing is
+    known. ``expected_success`` lies with 90 % certainty between ``lower`` and ``upper``.
+    """
+
+    model_id: str
+    provider: str
+    tier: ModelTier
+    probability: float = 0.0
+    expected_success: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    expected_cost_usd: float | None = None
+    calls: int = 0
+    verdict: str = ""
+
+
+class Decision(_Value):
+    """How the model of a job's first call was chosen.
+
+    ``rule``: pinned (the job named the model), static (nothing was known yet) or adaptive. ``propensity``
+    is the probability with which ``chosen`` (a place in ``candidates``) was drawn. ``best_effort``: no
+    candidate met what the job asks for.
+    """
+
+    rule: Literal["pinned", "static", "adaptive"]
+    workflow: str
+    stage: str
+    floor: float
+    candidates: tuple[Candidate, ...] = ()
+    chosen: int = 0
+    propensity: float = 1.0
+    explored: bool = False
+    best_effort: bool = False
 
 
 class JobError(_Value):
@@ -296,6 +335,7 @@ class JobResult(_Value):
     finish_reason: str | None = None
     attempts: tuple[Attempt, ...] = ()
     error: JobError | None = None
+    decision: Decision | None = None
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
     @property

@@ -11,15 +11,12 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from decimal import Decimal
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -29,11 +26,20 @@ from pydantic_settings import (
 )
 
 from attune_worker.errors import ConfigurationError
-from attune_worker.jobs import ModelTier
+from attune_worker.sections import (
+    BreakerSettings,
+    BudgetSettings,
+    HttpSettings,
+    LimitSettings,
+    ModelSettings,
+    ProviderSettings,
+    RetrySettings,
+    RoutingSettings,
+    with_scheme,
+)
 
 PREFIX = "ATTUNE_"
 DEFAULT_FILE = "attune.toml"
-PROVIDER_GROUP = "attune_worker.providers"
 
 DEFAULT_PROVIDERS: Mapping[str, Mapping[str, str]] = {
     "anthropic": {
@@ -53,111 +59,6 @@ DEFAULT_PROVIDERS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Providers that are there without being configured; each is used once its key is in the environment."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-class ProviderSettings(_Section):
-    """One place that serves models.
-
-    ``api_key`` is a key, or ``env:NAME`` to read it from the environment; a server that needs none
-    has none. ``price_list`` names the provider whose published prices apply (default: the provider's
-    own name, else its address, where the price library knows it).
-    """
-
-    kind: str
-    base_url: str
-    api_key: SecretStr | None = None
-    price_list: str | None = None
-    requests_per_minute: int | None = Field(default=None, gt=0)
-    tokens_per_minute: int | None = Field(default=None, gt=0)
-
-    @field_validator("kind")
-    @classmethod
-    def _has_an_adapter(cls, kind: str) -> str:
-        known = provider_kinds()
-        if kind not in known:
-            raise ValueError(f"{kind!r} is not allowed; allowed: {', '.join(known)}")
-        return kind
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_http(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:  # an absurd port raises
-            raise ValueError("a base URL starts with http:// or https:// and names a host")
-        if "@" in parts.netloc:
-            raise ValueError("a base URL holds no user or password; a key belongs in api_key")
-        return url.rstrip("/")
-
-    def key(self, environ: Mapping[str, str] = os.environ) -> str | None:
-        """Return the API key itself, or None when there is none (yet)."""
-        if self.api_key is None:
-            return None
-        value = self.api_key.get_secret_value()
-        if value.startswith("env:"):
-            value = environ.get(value.removeprefix("env:"), "")
-        key = value.strip()  # keys that were read from files end in a line break
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError("the API key holds characters that no HTTP header can carry; is it the real one?")
-        return key or None
-
-    def usable(self, environ: Mapping[str, str] = os.environ) -> bool:
-        """Whether calls can be made: no key is needed, or there is one."""
-        return self.api_key is None or self.key(environ) is not None
-
-
-class ModelSettings(_Section):
-    """A model beyond the catalog, or the fields in which one of the catalog's should differ.
-
-    Prices are in USD per million tokens. ``enabled = false`` takes a model out.
-    """
-
-    id: str = Field(min_length=1)
-    provider: str
-    tier: ModelTier | None = None
-    context_window: int | None = Field(default=None, gt=0)
-    max_output_tokens: int | None = Field(default=None, gt=0)
-    capabilities: frozenset[str] | None = None
-    input_cost_per_million: Decimal | None = Field(default=None, ge=0)
-    output_cost_per_million: Decimal | None = Field(default=None, ge=0)
-    cache_read_cost_per_million: Decimal | None = Field(default=None, ge=0)
-    cache_write_cost_per_million: Decimal | None = Field(default=None, ge=0)
-    enabled: bool = True
-
-    @model_validator(mode="after")
-    def _prices_are_whole(self) -> Self:
-        if (self.input_cost_per_million is None) != (self.output_cost_per_million is None):
-            raise ValueError("input_cost_per_million and output_cost_per_million go together")
-        own = self.cache_read_cost_per_million is not None or self.cache_write_cost_per_million is not None
-        if own and self.input_cost_per_million is None:
-            raise ValueError("prices of cached tokens need input_cost_per_million and output_cost_per_million too")
-        return self
-
-
-class RetrySettings(_Section):
-    """How often one job may call providers, over all models and layers together, and how long it waits between."""
-
-    max_attempts: int = Field(default=4, ge=1, le=20)
-    max_attempts_per_model: int = Field(default=2, ge=1, le=20)
-    backoff_seconds: float = Field(default=0.5, ge=0, allow_inf_nan=False)
-    backoff_cap_seconds: float = Field(default=8.0, ge=0, allow_inf_nan=False)
-
-
-class HttpSettings(_Section):
-    """Limits of one HTTP call, in seconds and bytes; ``proxy`` is the URL of one that all calls go through."""
-
-    connect_timeout_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
-    request_timeout_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
-    max_response_bytes: int = Field(default=32 * 2**20, gt=0)
-    proxy: SecretStr | None = None
-
-    @field_validator("proxy")
-    @classmethod
-    def _is_http(cls, proxy: SecretStr | None) -> SecretStr | None:
-        return proxy and _with_scheme(proxy, "http", "https")
 
 
 class Settings(BaseSettings):
@@ -185,6 +86,10 @@ class Settings(BaseSettings):
     redis_timeout_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     retry: RetrySettings = RetrySettings()
     http: HttpSettings = HttpSettings()
+    breaker: BreakerSettings = BreakerSettings()
+    limits: LimitSettings = LimitSettings()
+    routing: RoutingSettings = RoutingSettings()
+    budgets: tuple[BudgetSettings, ...] = Field(default=(), max_length=64)
     provider_order: tuple[str, ...] = ("anthropic", "openai", "google")
     providers: dict[str, ProviderSettings] = Field(default_factory=dict, validate_default=True)
     models: tuple[ModelSettings, ...] = ()
@@ -193,12 +98,12 @@ class Settings(BaseSettings):
     @field_validator("redis_url", "result_backend")
     @classmethod
     def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
-        return url and _with_scheme(url, "redis", "rediss")
+        return url and with_scheme(url, "redis", "rediss")
 
     @field_validator("broker_url")
     @classmethod
     def _is_a_broker(cls, url: SecretStr | None) -> SecretStr | None:
-        return url and _with_scheme(url, "redis", "rediss", "amqp", "amqps")
+        return url and with_scheme(url, "redis", "rediss", "amqp", "amqps")
 
     @model_validator(mode="before")
     @classmethod
@@ -274,12 +179,6 @@ def get_settings() -> Settings:
     return Settings.load()
 
 
-@cache
-def provider_kinds() -> tuple[str, ...]:
-    """Return the wire formats that are installed, without loading any of them."""
-    return tuple(sorted({point.name for point in entry_points(group=PROVIDER_GROUP)}))
-
-
 def masked(url: str) -> str:
     """Return ``url`` without its password, for messages.
 
@@ -290,13 +189,6 @@ def masked(url: str) -> str:
     credentials, _, host = rest.rpartition("@")
     user, colon, _ = credentials.partition(":")
     return f"{scheme}://{user}:***@{host}" if colon else f"{scheme}://{rest}"
-
-
-def _with_scheme(url: SecretStr, *schemes: str) -> SecretStr:
-    """Return ``url``, or raise ``ValueError`` unless it begins with one of these; its text may be a secret."""
-    if url.get_secret_value().partition("://")[0] not in schemes or "://" not in url.get_secret_value():
-        raise ValueError(f"the URL should start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
-    return url
 
 
 def _read_file(file: Path | str | None) -> tuple[str, dict[str, Any]]:
@@ -379,4 +271,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "models": ModelSettings,
     "retry": RetrySettings,
     "http": HttpSettings,
+    "breaker": BreakerSettings,
+    "limits": LimitSettings,
+    "routing": RoutingSettings,
+    "budgets": BudgetSettings,
 }

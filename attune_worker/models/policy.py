@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from attune_worker.errors import BadRequestError, ContextTooLongError, CredentialError, ProviderError, RateLimitedError
 from attune_worker.models.registry import ModelInfo
-from attune_worker.settings import RetrySettings
+from attune_worker.sections import RetrySettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from typing import Any
 
 from attune_worker.errors import ConfigurationError
 from attune_worker.jobs import ModelTier
-from attune_worker.settings import ModelSettings, ProviderSettings, Settings, get_settings
+from attune_worker.sections import ModelSettings, ProviderSettings
+from attune_worker.settings import Settings, get_settings
 
 _CATALOG = Path(__file__).with_name("catalog.toml")
 

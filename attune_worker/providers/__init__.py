@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 from attune_worker.errors import ConfigurationError
 from attune_worker.providers.base import Provider
-from attune_worker.settings import PROVIDER_GROUP, provider_kinds
+from attune_worker.sections import PROVIDER_GROUP, provider_kinds
 
 
 @cache

@@ -23,7 +23,7 @@ import httpx
 
 from attune_worker.errors import MalformedAnswerError, ProviderConnectionError, ProviderTimeoutError
 from attune_worker.providers.base import HttpRequest, HttpResponse
-from attune_worker.settings import HttpSettings
+from attune_worker.sections import HttpSettings
 
 LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=60)
 """Per thread: it makes one call at a time, and keeps a connection to each of the few providers it uses."""

@@ -11,11 +11,33 @@ running      zset    ``{ns:07}:running``                none; an entry leaves wh
                                                         Score: end of the lease, ms
 waiters      set     ``{ns:07}:waiters:<id>``           an hour after the last client began to wait;
                                                         gone when the job ends
+due          zset    ``{ns:07}:due``                    none; an entry leaves when its job is claimed
+                                                        or ends. Score: when to wake it next, ms
 inbox        channel ``{ns}:inbox:<client>``            pub/sub, kept nowhere
+circuit      hash    ``{ns}:breaker:<provider>:<tier>`` a day after the last write, and longer than the
+                                                        longest open time; gone means closed
+circuits     set     ``{ns}:breakers``                  a day after the last write
+limits       hash    ``{ns}:limits:<provider>``         an hour after the last write: by then all of a
+                                                        minute's allowance is back
+limits       hash    ``{ns}:limits:<provider>:<model>`` as above, and longer than its cooldown
+slots        zset    ``{ns}:slots:<provider>``          a day after the last write; an entry counts until
+                                                        the end of its call's lease, its score (ms)
+budget       hash    ``{ns}:budget:<tenant>:<workflow>:<provider>:<per>``  63 days after the last write
+call         hash    ``{ns}:call:<id>``                 the retention time: until then a second settlement
+                                                        is known for one
+calls        zset    ``{ns}:calls``                     none; an entry leaves when its call is settled.
+                                                        Score: end of the call's lease, ms
+stats        hash    ``{ns}:stats:<workflow>:<stage>:<day>``  35 days after the last write
+evidence     hash    ``{ns}:evidence:<workflow>:<stage>``, ``{ns}:evidence:<workflow>``, ``{ns}:evidence``
+                                                        35 days after the last write
+stages       zset    ``{ns}:stages``                    35 days; score: last call, ms
+sweeper      string  ``{ns}:sweeper``                   a few seconds: which worker sends what is due
 ===========  ======  =================================  ==============================================
 
 Jobs are spread over ``SHARDS`` shards by a checksum of their id; all of a job's keys share the tag of
-its shard, and so one slot of a Redis Cluster.
+its shard, and so one slot of a Redis Cluster. What the fleet knows lives under the tag ``{ns}``.
+Names that come from outside are percent-encoded in keys, or hashed when they are long, so that no two
+names share a key.
 """
 
 from __future__ import annotations
@@ -23,8 +45,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
+from urllib.parse import quote
 from uuid import UUID, uuid4
 from zlib import crc32
+
+MAX_PART = 120
+"""Characters of an encoded name that stand in a key; a longer one is hashed."""
 
 SHARDS = 16
 """Fixed: a job's shard follows from its id alone, so changing it would orphan the records there are."""
@@ -37,6 +64,7 @@ class JobKeys:
     record: str
     queued: str
     running: str
+    due: str
     waiters: str
 
     @classmethod
@@ -47,8 +75,81 @@ class JobKeys:
             record=f"{tag}:job:{job_id}",
             queued=f"{tag}:queued",
             running=f"{tag}:running",
+            due=f"{tag}:due",
             waiters=f"{tag}:waiters:{job_id}",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FleetKeys:
+    """The keys of what a namespace's fleet knows; all of them in one slot."""
+
+    namespace: str
+
+    @property
+    def tag(self) -> str:
+        """What all of them begin with."""
+        return f"{{{self.namespace}}}"
+
+    @property
+    def circuits(self) -> str:
+        """The circuits there are: JSON arrays of provider and tier."""
+        return f"{self.tag}:breakers"
+
+    @property
+    def calls(self) -> str:
+        """The calls that are under way, by the end of their lease."""
+        return f"{self.tag}:calls"
+
+    @property
+    def stages(self) -> str:
+        """The places that have called models: JSON arrays of workflow and stage."""
+        return f"{self.tag}:stages"
+
+    @property
+    def sweeper(self) -> str:
+        """Which worker sends what is due."""
+        return f"{self.tag}:sweeper"
+
+    def circuit(self, provider: str, tier: str | None) -> str:
+        """Return the key of one circuit; without ``tier``, of the provider's own."""
+        return f"{self.tag}:breaker:{part(provider)}:{part(tier)}"
+
+    def limits(self, provider: str, model_id: str | None = None) -> str:
+        """Return the key of what a provider, or one of its models, has left and when it may be called."""
+        base = f"{self.tag}:limits:{part(provider)}"
+        return base if model_id is None else f"{base}:{part(model_id)}"
+
+    def slots(self, provider: str) -> str:
+        """Return the key of the calls that a provider is serving."""
+        return f"{self.tag}:slots:{part(provider)}"
+
+    def budget(self, tenant: str | None, workflow: str | None, provider: str | None, per: str) -> str:
+        """Return the key of one budget; None: it is not about that."""
+        return f"{self.tag}:budget:{part(tenant)}:{part(workflow)}:{part(provider)}:{per}"
+
+    def call(self, call_id: str) -> str:
+        """Return the key of one call's intent and settlement."""
+        return f"{self.tag}:call:{part(call_id)}"
+
+    def stats(self, workflow: str, stage: str, day: str) -> str:
+        """Return the key of a day's counters (``day`` like 20261123)."""
+        return f"{self.tag}:stats:{part(workflow)}:{part(stage)}:{day}"
+
+    def evidence(self, workflow: str | None = None, stage: str | None = None) -> str:
+        """Return the key of what is known of the models in one stage, in one workflow, or everywhere."""
+        names = [part(name) for name in (workflow, stage) if name is not None]
+        return ":".join([f"{self.tag}:evidence", *names])
+
+
+@lru_cache(maxsize=4096)
+def part(name: str | None) -> str:
+    """Return ``name`` as a part of a key; None is ``*``. No two names give the same part."""
+    if name is None:
+        return "*"
+    raw = name.encode(errors="surrogatepass")
+    encoded = quote(raw, safe="").replace("~", "%7E")
+    return encoded if len(encoded) <= MAX_PART else f"~{hashlib.blake2b(raw, digest_size=20).hexdigest()}"
 
 
 def shard_of(job_id: str) -> int:

@@ -19,10 +19,10 @@ from attune_worker.store.connection import connect, reaching
 from attune_worker.store.keys import JobKeys
 from attune_worker.store.scripts import Argument, Script
 
-ACCEPT = Script("accept", "ending")
-CLAIM = Script("claim", "ending")
-FINISH = Script("finish", "ending")
-CANCEL = Script("cancel", "ending")
+ACCEPT = Script("accept", "values", "ending")
+CLAIM = Script("claim", "values", "ending")
+FINISH = Script("finish", "values", "ending")
+CANCEL = Script("cancel", "values", "ending")
 WATCH = Script("watch")
 
 WAITER_SECONDS = 3600

@@ -18,7 +18,7 @@ from attune_worker.errors import (
 from attune_worker.jobs import ModelTier
 from attune_worker.models.policy import Failure, NextCall, next_call
 from attune_worker.models.registry import ModelInfo
-from attune_worker.settings import RetrySettings
+from attune_worker.sections import RetrySettings
 
 
 def model(ref: str, window: int | None = 1000) -> ModelInfo:

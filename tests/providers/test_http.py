@@ -12,7 +12,7 @@ import pytest
 from attune_worker.errors import MalformedAnswerError, ProviderConnectionError, ProviderError, ProviderTimeoutError
 from attune_worker.providers.base import HttpRequest, HttpResponse
 from attune_worker.providers.http import HttpSender
-from attune_worker.settings import HttpSettings
+from attune_worker.sections import HttpSettings
 
 Send = Callable[..., HttpResponse]
 KEY = "sk-http-3b1f-never-shown"

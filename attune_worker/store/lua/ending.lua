@@ -13,8 +13,3 @@ local function end_job(record, index, waiters, job_id, state, now_ms, retention_
   end
   redis.call('DEL', waiters)
 end
-
-local function now_in_ms()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end

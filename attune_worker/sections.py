@@ -1,0 +1,206 @@
+"""What are the tables of ``attune.toml``? Frozen values that refuse unknown keys and never print a secret."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from decimal import Decimal
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from attune_worker.jobs import ModelTier, Name
+
+PROVIDER_GROUP = "attune_worker.providers"
+
+
+class Section(BaseModel):
+    """One table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ProviderSettings(Section):
+    """One place that serves models.
+
+    ``api_key`` is a key, or ``env:NAME`` to read it from the environment; a server that needs none
+    has none. ``price_list`` names the provider whose published prices apply (default: the provider's
+    own name, else its address, where the price library knows it). The fleet together sends no more
+    than ``requests_per_minute`` and ``tokens_per_minute``, and has no more than ``concurrency`` calls
+    in flight; without them it keeps to what the provider's own headers say.
+    """
+
+    kind: str
+    base_url: str
+    api_key: SecretStr | None = None
+    price_list: str | None = None
+    requests_per_minute: int | None = Field(default=None, gt=0)
+    tokens_per_minute: int | None = Field(default=None, gt=0)
+    concurrency: int | None = Field(default=None, gt=0, le=100_000)
+
+    @field_validator("kind")
+    @classmethod
+    def _has_an_adapter(cls, kind: str) -> str:
+        known = provider_kinds()
+        if kind not in known:
+            raise ValueError(f"{kind!r} is not allowed; allowed: {', '.join(known)}")
+        return kind
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:  # an absurd port raises
+            raise ValueError("a base URL starts with http:// or https:// and names a host")
+        if "@" in parts.netloc:
+            raise ValueError("a base URL holds no user or password; a key belongs in api_key")
+        return url.rstrip("/")
+
+    def key(self, environ: Mapping[str, str] = os.environ) -> str | None:
+        """Return the API key itself, or None when there is none (yet)."""
+        if self.api_key is None:
+            return None
+        value = self.api_key.get_secret_value()
+        if value.startswith("env:"):
+            value = environ.get(value.removeprefix("env:"), "")
+        key = value.strip()  # keys that were read from files end in a line break
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("the API key holds characters that no HTTP header can carry; is it the real one?")
+        return key or None
+
+    def usable(self, environ: Mapping[str, str] = os.environ) -> bool:
+        """Whether calls can be made: no key is needed, or there is one."""
+        return self.api_key is None or self.key(environ) is not None
+
+
+class ModelSettings(Section):
+    """A model beyond the catalog, or the fields in which one of the catalog's should differ.
+
+    Prices are in USD per million tokens. ``enabled = false`` takes a model out.
+    """
+
+    id: str = Field(min_length=1)
+    provider: str
+    tier: ModelTier | None = None
+    context_window: int | None = Field(default=None, gt=0)
+    max_output_tokens: int | None = Field(default=None, gt=0)
+    capabilities: frozenset[str] | None = None
+    input_cost_per_million: Decimal | None = Field(default=None, ge=0)
+    output_cost_per_million: Decimal | None = Field(default=None, ge=0)
+    cache_read_cost_per_million: Decimal | None = Field(default=None, ge=0)
+    cache_write_cost_per_million: Decimal | None = Field(default=None, ge=0)
+    enabled: bool = True
+
+    @model_validator(mode="after")
+    def _prices_are_whole(self) -> Self:
+        if (self.input_cost_per_million is None) != (self.output_cost_per_million is None):
+            raise ValueError("input_cost_per_million and output_cost_per_million go together")
+        own = self.cache_read_cost_per_million is not None or self.cache_write_cost_per_million is not None
+        if own and self.input_cost_per_million is None:
+            raise ValueError("prices of cached tokens need input_cost_per_million and output_cost_per_million too")
+        return self
+
+
+class RetrySettings(Section):
+    """How often one job may call providers, over all models and layers together, and how long it waits between.
+
+    A worker whose job would have to wait longer than ``patience_seconds`` puts it back and takes another.
+    """
+
+    max_attempts: int = Field(default=4, ge=1, le=20)
+    max_attempts_per_model: int = Field(default=2, ge=1, le=20)
+    backoff_seconds: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    backoff_cap_seconds: float = Field(default=8.0, ge=0, allow_inf_nan=False)
+    patience_seconds: float = Field(default=2.0, ge=0, allow_inf_nan=False)
+
+
+class HttpSettings(Section):
+    """Limits of one HTTP call, in seconds and bytes; ``proxy`` is the URL of one that all calls go through."""
+
+    connect_timeout_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    request_timeout_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    max_response_bytes: int = Field(default=32 * 2**20, gt=0)
+    proxy: SecretStr | None = None
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_http(cls, proxy: SecretStr | None) -> SecretStr | None:
+        return proxy and with_scheme(proxy, "http", "https")
+
+
+class BreakerSettings(Section):
+    """When the fleet stops calling a provider's tier, and how it finds out that it is well again.
+
+    A circuit opens at ``failure_threshold`` consecutive failures of the fleet within ``window_seconds``,
+    for ``recovery_timeout_seconds``, doubled at each failed probe up to ``max_open_seconds``; then
+    ``half_open_calls`` probes at a time may try. ``failure_rate_threshold`` and, for calls longer than
+    ``slow_call_seconds``, ``slow_call_rate_threshold`` open it too, from ``minimum_calls`` in the window
+    on. Unless ``lone_worker_opens``, failures of one worker alone do not while others succeed.
+    """
+
+    failure_threshold: int = Field(default=5, ge=1, le=100)
+    window_seconds: float = Field(default=300.0, gt=0, le=86_400)
+    recovery_timeout_seconds: float = Field(default=60.0, gt=0, le=86_400)
+    max_open_seconds: float = Field(default=120.0, gt=0, le=86_400)
+    half_open_calls: int = Field(default=1, ge=1, le=100)
+    failure_rate_threshold: float | None = Field(default=None, gt=0, le=1)
+    slow_call_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    slow_call_rate_threshold: float | None = Field(default=None, gt=0, le=1)
+    minimum_calls: int = Field(default=20, ge=1, le=100_000)
+    lone_worker_opens: bool = False
+
+
+class LimitSettings(Section):
+    """How rate limits are kept.
+
+    At most ``burst_seconds`` worth of a minute's allowance goes out at once; the rest is spread evenly, so that
+    no sixty seconds see more than the limit. ``learn``: keep to the limits in the providers' headers too.
+    """
+
+    burst_seconds: float = Field(default=2.0, gt=0, le=60)
+    learn: bool = True
+
+
+class BudgetSettings(Section):
+    """What may be spent in a day or a month (UTC).
+
+    ``tenant``, ``workflow`` and ``provider`` say whose calls count: a name, ``*`` for each name its own
+    budget, nothing for all of them together. A hard budget is never passed; a soft one warns.
+    """
+
+    per: Literal["day", "month"]
+    limit_usd: Decimal = Field(ge=0, le=1_000_000, decimal_places=9)
+    tenant: Name | None = None
+    workflow: Name | None = None
+    provider: Name | None = None
+    hard: bool = True
+
+
+class RoutingSettings(Section):
+    """How models are chosen from what the fleet has learned.
+
+    With ``adaptive`` the cheapest model wins that succeeds often enough (``min_success_rate``, unless the job
+    says otherwise); about ``exploration`` of the jobs try another one. What was learned is read again every
+    ``refresh_seconds``.
+    """
+
+    adaptive: bool = True
+    min_success_rate: float = Field(default=0.8, ge=0, le=1)
+    exploration: float = Field(default=0.05, ge=0, le=0.5)
+    refresh_seconds: float = Field(default=1.0, gt=0, le=3600)
+
+
+@cache
+def provider_kinds() -> tuple[str, ...]:
+    """Return the wire formats that are installed, without loading any of them."""
+    return tuple(sorted({point.name for point in entry_points(group=PROVIDER_GROUP)}))
+
+
+def with_scheme(url: SecretStr, *schemes: str) -> SecretStr:
+    """Return ``url``, or raise ``ValueError`` unless it begins with one of these; its text may be a secret."""
+    if url.get_secret_value().partition("://")[0] not in schemes or "://" not in url.get_secret_value():
+        raise ValueError(f"the URL should start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+    return url

@@ -138,7 +138,7 @@ class BreakerSettings(Section):
     for ``recovery_timeout_seconds``, doubled at each failed probe up to ``max_open_seconds``; then
     ``half_open_calls`` probes at a time may try. ``failure_rate_threshold`` and, for calls longer than
     ``slow_call_seconds``, ``slow_call_rate_threshold`` open it too, from ``minimum_calls`` in the window
-    on. Unless ``lone_worker_opens``, failures of one worker alone do not while others succeed.
+    on. Unless ``lone_worker_opens``, failures of one worker alone do not while others succeed (in the last 30 s).
     """
 
     failure_threshold: int = Field(default=5, ge=1, le=100)

@@ -14,9 +14,9 @@ waiters      set     ``{ns:07}:waiters:<id>``           an hour after the last c
 due          zset    ``{ns:07}:due``                    none; an entry leaves when its job is claimed
                                                         or ends. Score: when to wake it next, ms
 inbox        channel ``{ns}:inbox:<client>``            pub/sub, kept nowhere
-circuit      hash    ``{ns}:breaker:<provider>:<tier>`` a day after the last write, and longer than the
-                                                        longest open time; gone means closed
-circuits     set     ``{ns}:breakers``                  a day after the last write
+circuit      hash    ``{ns}:breaker:<provider>:<tier>`` a day longer than it is open or forced, 366 days where
+                                                        it is forced without end; gone means closed
+circuits     set     ``{ns}:breakers``                  366 days after the last write
 limits       hash    ``{ns}:limits:<provider>``         an hour after the last write: by then all of a
                                                         minute's allowance is back
 limits       hash    ``{ns}:limits:<provider>:<model>`` as above, and longer than its cooldown
@@ -70,7 +70,7 @@ class JobKeys:
     @classmethod
     def of(cls, namespace: str, job_id: str) -> JobKeys:
         """Return the keys of ``job_id``."""
-        tag = f"{{{namespace}:{shard_of(job_id):02d}}}"
+        tag = _shard_tag(namespace, shard_of(job_id))
         return cls(
             record=f"{tag}:job:{job_id}",
             queued=f"{tag}:queued",
@@ -150,6 +150,15 @@ def part(name: str | None) -> str:
     raw = name.encode(errors="surrogatepass")
     encoded = quote(raw, safe="").replace("~", "%7E")
     return encoded if len(encoded) <= MAX_PART else f"~{hashlib.blake2b(raw, digest_size=20).hexdigest()}"
+
+
+def due_indexes(namespace: str) -> list[str]:
+    """Return the due index of each shard."""
+    return [f"{_shard_tag(namespace, shard)}:due" for shard in range(SHARDS)]
+
+
+def _shard_tag(namespace: str, shard: int) -> str:
+    return f"{{{namespace}:{shard:02d}}}"
 
 
 def shard_of(job_id: str) -> int:

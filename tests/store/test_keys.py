@@ -3,7 +3,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
-from attune_worker.store.keys import SHARDS, JobKeys, idempotent_job_id, inbox, new_job_id, shard_of
+from attune_worker.store.keys import (
+    SHARDS,
+    FleetKeys,
+    JobKeys,
+    due_indexes,
+    idempotent_job_id,
+    inbox,
+    new_job_id,
+    part,
+    shard_of,
+)
 
 odd_ids = ["}", "{", "{}", "a}b{c", ":job:", "queued", "07", "\ud800"]
 job_ids = st.text(min_size=1, max_size=40) | st.sampled_from(odd_ids)
@@ -12,7 +22,7 @@ namespaces = st.text("abcXYZ019_.-", min_size=1, max_size=64)
 
 def every_key(namespace: str, job_id: str) -> list[str]:
     keys = JobKeys.of(namespace, job_id)
-    return [keys.record, keys.queued, keys.running, keys.waiters]
+    return [keys.record, keys.queued, keys.running, keys.due, keys.waiters]
 
 
 def slot(key: str) -> int:
@@ -30,7 +40,7 @@ def test_keys_of_a_job_are_in_one_slot(namespace: str, job_id: str) -> None:
 @given(namespaces, job_ids, job_ids)
 def test_keys_of_different_kinds_never_collide(namespace: str, one: str, other: str) -> None:
     """No id, however odd, may name another job's record, its waiters, or an index."""
-    assert len(set(every_key(namespace, one))) == 4
+    assert len(set(every_key(namespace, one))) == 5
     if one != other:
         first, second = JobKeys.of(namespace, one), JobKeys.of(namespace, other)
         own, others = {first.record, first.waiters}, set(every_key(namespace, other))
@@ -73,3 +83,69 @@ def test_idempotency_key_stands_for_one_job_of_one_tenant(
 def test_random_ids_differ() -> None:
     """Jobs without a key are different jobs."""
     assert len({new_job_id() for _ in range(1000)}) == 1000
+
+
+def test_due_indexes_are_those_of_all_shards() -> None:
+    """The sweeper looks at every index that a job can stand in, and at no other."""
+    found = {JobKeys.of("ns", f"job-{number}").due for number in range(1000)}
+    assert set(due_indexes("ns")) == found
+    assert len(due_indexes("ns")) == SHARDS
+
+
+odd_names = st.text(max_size=30) | st.sampled_from(
+    [":", "{", "}", "*", "~", "%7E", "%", " ", "a:b", "\ud800", "x" * 10_000]
+)
+
+
+def fleet_keys(first: str, second: str, third: str) -> list[str]:
+    keys = FleetKeys("ns")
+    return [
+        keys.circuits,
+        keys.calls,
+        keys.stages,
+        keys.sweeper,
+        keys.circuit(first, second),
+        keys.circuit(first, None),
+        keys.limits(first),
+        keys.limits(first, second),
+        keys.slots(first),
+        keys.budget(first, second, third, "day"),
+        keys.budget(None, second, third, "month"),
+        keys.call(first),
+        keys.stats(first, second, "20261123"),
+        keys.evidence(),
+        keys.evidence(first),
+        keys.evidence(first, second),
+    ]
+
+
+@given(odd_names, odd_names, odd_names)
+def test_what_the_fleet_knows_is_in_one_slot(first: str, second: str, third: str) -> None:
+    """ADMIT and SETTLE touch many of them at once, on a Redis Cluster too."""
+    assert {slot(key) for key in fleet_keys(first, second, third)} == {slot("{ns}")}
+
+
+@given(st.tuples(odd_names, odd_names, odd_names), st.tuples(odd_names, odd_names, odd_names))
+def test_no_two_names_share_a_key(mine: tuple[str, str, str], yours: tuple[str, str, str]) -> None:
+    """Whatever colons and braces names hold, and however long they are."""
+    assert (part(mine[0]) == part(yours[0])) == (mine[0] == yours[0])
+    keys = fleet_keys(*mine)
+    assert len(set(keys)) == len(keys)
+    for one, other in zip(keys[4:], fleet_keys(*yours)[4:], strict=True):
+        if one == other:
+            assert mine[0] == yours[0] or one in {FleetKeys("ns").evidence(), keys[10]}
+
+
+@given(odd_names)
+def test_part_of_a_key_is_short_and_plain(name: str) -> None:
+    """A key can be read and typed, and a name of 10 kB costs no more than another."""
+    assert len(part(name)) <= 120
+    assert part(name).isascii()
+    assert not set(part(name)) & set(":{} *")
+
+
+def test_no_name_is_no_name_at_all() -> None:
+    """What is about every tier is not about a tier called star."""
+    assert part(None) == "*"
+    assert part("*") == "%2A"
+    assert part("") == ""

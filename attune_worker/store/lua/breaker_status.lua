@@ -1,0 +1,35 @@
+-- BREAKER_STATUS: how a circuit stands; reads only.
+--
+-- KEYS  1 circuit
+-- ARGV  1 rules as JSON, in ms
+-- Returns {} when there is no such circuit, else names and values in turn: state, override, failures, probes,
+--      generation, reopens, reason, by and, where known, error, last_failure_ms, last_success_ms, opened_ms, retry_ms
+local now = now_in_ms()
+local circuit = breaker_look(KEYS[1], now, cjson.decode(ARGV[1]))
+local hash = circuit.hash
+if not next(hash) then
+  return {}
+end
+local is_closed = circuit.state == 'closed'
+local answer = {
+  'state', circuit.state, 'override', circuit.override or '', 'reason', circuit.why, 'probes', circuit.probes,
+  'failures', is_closed and circuit.failures or breaker_whole(hash.failures, 0, 1e6) or 0,
+  'generation', integer(circuit.generation), 'reopens', circuit.reopens,
+  'by', (circuit.override and hash.override_by or is_closed and hash.reset_by or hash.opened_by) or '',
+}
+local function add(name, value)
+  if value then
+    answer[#answer + 1], answer[#answer + 2] = name, value
+  end
+end
+add('error', hash.error)
+for _, name in ipairs({ 'last_failure_ms', 'last_success_ms', 'opened_ms' }) do
+  local ms = breaker_whole(hash[name], 1, now + BREAKER_DAY_MS)
+  add(name, ms and integer(ms))
+end
+if circuit.override == 'open' then
+  add('retry_ms', circuit.until_ms and integer(circuit.until_ms))
+elseif not is_closed then
+  add('retry_ms', circuit.retry_ms and integer(circuit.retry_ms))
+end
+return answer

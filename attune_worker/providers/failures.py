@@ -135,7 +135,7 @@ def retry_after_seconds(
     if wait is None:
         wait = duration_seconds(asked)
     if wait is None:
-        wait = _seconds_until(asked, now or _date(headers.get("date", "")))
+        wait = _seconds_until(asked, now or http_date(headers.get("date", "")))
     if wait is None:
         wait = _retry_info(error)
     if wait is None and status == 429:
@@ -155,6 +155,15 @@ def duration_seconds(text: object) -> float | None:
     else:
         return None
     return seconds if seconds <= MAX_WAIT_SECONDS else None
+
+
+def http_date(text: str) -> datetime | None:
+    """Return the moment that a header such as ``date`` names; None for anything else."""
+    try:
+        date = parsedate_to_datetime(text)
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
 def _classify(status: int, codes: list[str], error: Mapping[str, Any]) -> type[ProviderError]:
@@ -226,16 +235,8 @@ def _words(message: object) -> str:
     return " ".join(printable.split())[:MAX_MESSAGE_CHARACTERS]
 
 
-def _date(text: str) -> datetime | None:
-    try:
-        date = parsedate_to_datetime(text)
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return None
-    return date if date.tzinfo else date.replace(tzinfo=UTC)
-
-
 def _seconds_until(text: str, now: datetime | None) -> float | None:
-    date = _date(text)
+    date = http_date(text)
     if date is None or now is None:
         return None
     seconds = (date - now).total_seconds()

@@ -15,6 +15,7 @@ from attune_worker.errors import AttuneError
 
 COMMANDS = {
     "demo": "attune_worker.cli.demo:demo",
+    "routing": "attune_worker.cli.routing:routing",
     "run": "attune_worker.cli.run:run",
     "simulator": "attune_worker.cli.simulator:simulator",
     "worker": "attune_worker.cli.worker:worker",

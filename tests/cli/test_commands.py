@@ -129,10 +129,10 @@ def test_a_wrong_command_is_answered_with_the_right_ones(environ):
     """Exit code 2, and the names there are."""
     ran = command(environ, "wroker")
     assert ran.returncode == 2
-    assert "demo, run, simulator, worker" in ran.stderr
+    assert "demo, routing, run, simulator, worker" in ran.stderr
 
 
-@pytest.mark.parametrize("name", ["demo", "run", "simulator", "worker"])
+@pytest.mark.parametrize("name", ["demo", "routing", "run", "simulator", "worker"])
 def test_every_command_has_an_example(environ, name):
     """``--help`` shows how the command is used."""
     assert f"Example: attune-worker {name}" in command(environ, name, "--help").stdout

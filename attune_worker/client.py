@@ -7,29 +7,27 @@ neither httpx nor provider code, so a web backend stays light and needs no provi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from typing import Any, Self, TypeVar
 
 from celery import Celery
-from kombu.exceptions import KombuError, OperationalError
 
-from attune_worker.app import RUN_JOB, make_app
-from attune_worker.errors import JobNotFoundError, ServiceUnavailableError
+from attune_worker.app import make_app
+from attune_worker.errors import InvalidJobError, JobNotFoundError, ServiceUnavailableError
 from attune_worker.inbox import Inbox
 from attune_worker.jobs import Job, JobResult, JobStatus
 from attune_worker.results import Gathering, await_for, wait_for
-from attune_worker.settings import Settings, get_settings, masked
+from attune_worker.settings import Settings, get_settings
 from attune_worker.store.records import Acceptance, Records
 from attune_worker.submission import Submission
+from attune_worker.telemetry.store import Telemetry
+from attune_worker.wake_ups import BATCH, send_wake_ups
 
 T = TypeVar("T")
 
 DEFAULT_PRIORITY: int = Job.model_fields["priority"].default
-
-BATCH = 500
-"""Jobs that are written, and wake-ups that are sent, in one round trip."""
 
 ASYNC_THREADS = 8
 """Threads in which an ``AsyncClient`` does its short round trips; waiting for results takes none."""
@@ -46,6 +44,7 @@ class Client:
         self.records = Records(self.settings)
         self._submission = Submission(self.settings)
         self.inbox = Inbox(self.settings)
+        self._telemetry = Telemetry(self.settings)
 
     def submit(self, task_type: str, prompt: str | None = None, **fields: Any) -> JobHandle:
         """Submit one job; ``fields`` are those of ``Job``, for instance ``messages`` instead of ``prompt``.
@@ -73,7 +72,7 @@ class Client:
                 batch = prepared[start : start + BATCH]
                 accepted += self.records.accept(batch)
                 due = zip(batch, accepted[start:], strict=True)
-                self._wake([(job_id, job.priority) for (job_id, job, _), told in due if told.wake])
+                send_wake_ups(self._app, [(job_id, job.priority) for (job_id, job, _), told in due if told.wake])
         except ServiceUnavailableError as error:
             raise error.with_jobs(job_ids[: len(accepted)]) from error
         self._submission.refuse_conflicts(prepared, accepted)
@@ -84,7 +83,7 @@ class Client:
 
         It does no harm: a job that has ended, or runs, is left alone.
         """
-        self._wake([(job_id, DEFAULT_PRIORITY) for job_id in job_ids])
+        send_wake_ups(self._app, [(job_id, DEFAULT_PRIORITY) for job_id in job_ids])
 
     def check(self, job: Mapping[str, Any] | Job) -> Job:
         """Return the job, or raise ``InvalidJobError`` if it could not be submitted; writes nothing."""
@@ -107,7 +106,7 @@ class Client:
         return wait_for(self.records, self.inbox, job_id, timeout).to_result()
 
     def cancel(self, job_id: str) -> bool:
-        """Cancel the job if it has not started; return whether it is cancelled.
+        """Cancel the job if it has not started, or was put back to wait; return whether it is cancelled.
 
         Raises ``JobNotFoundError`` for an unknown job.
         """
@@ -115,6 +114,20 @@ class Client:
         if status is JobStatus.UNKNOWN:
             raise JobNotFoundError(job_id)
         return status is JobStatus.CANCELLED
+
+    def feedback(self, job_id: str, score: float) -> bool:
+        """Say how good the job's answer was, from 0 (useless) to 1 (good); routing learns from it.
+
+        Returns False when that had been said before: the first word stands. Raises ``InvalidJobError`` for any
+        other score and for a job without an answer, ``JobNotFoundError`` for an unknown job.
+        """
+        found = self.records.read([job_id])[0].to_result()
+        if not found.succeeded or not found.attempts or found.attempts[-1].call_id is None:
+            raise InvalidJobError(f"job {job_id} is {found.status}: there is no answer to judge", field="job_id")
+        try:
+            return self._telemetry.feedback(found.attempts[-1].call_id, score)
+        except JobNotFoundError:
+            raise JobNotFoundError(job_id) from None
 
     def as_completed(self, handles: Iterable[JobHandle], timeout: float | None = None) -> Iterator[JobResult]:
         """Yield the results of jobs as they end.
@@ -136,6 +149,7 @@ class Client:
         """Give connections back; the client can be used again."""
         self.inbox.close()
         self.records.close()
+        self._telemetry.close()
 
     def __enter__(self) -> Self:
         return self
@@ -146,28 +160,6 @@ class Client:
     @cached_property
     def _app(self) -> Celery:
         return make_app(self.settings)
-
-    def _wake(self, jobs: Sequence[tuple[str, int]]) -> None:
-        """Send the wake-up of each ``(job id, priority)``: a Celery message with the id, and nothing else."""
-        if not jobs:
-            return
-        amqp = self._app.amqp
-        try:
-            with self._app.producer_or_acquire() as producer, producer.batch(max_size=BATCH):
-                for sent, (job_id, priority) in enumerate(jobs):
-                    message = amqp.create_task_message(
-                        job_id, RUN_JOB, (job_id,), {}, argsrepr=f"('{job_id}',)", kwargsrepr="{}"
-                    )
-                    # The queue is declared once a batch: declaring costs more than sending.
-                    declare: list[Any] | None = [] if sent else None
-                    amqp.send_task_message(producer, RUN_JOB, message, priority=priority, declare=declare)
-        except (OperationalError, KombuError, OSError) as error:
-            url = masked(self.settings.broker)
-            raise ServiceUnavailableError(
-                f"the broker at {url} cannot be reached ({type(error).__name__}); jobs that were accepted wait "
-                "in Redis: Client.wake(error.job_ids) sends their wake-ups",
-                url=url,
-            ) from error
 
 
 class JobHandle:
@@ -193,6 +185,10 @@ class JobHandle:
     def cancel(self) -> bool:
         """As ``Client.cancel``."""
         return self._client.cancel(self.id)
+
+    def feedback(self, score: float) -> bool:
+        """As ``Client.feedback``."""
+        return self._client.feedback(self.id, score)
 
 
 class AsyncClient:
@@ -228,6 +224,10 @@ class AsyncClient:
     async def cancel(self, job_id: str) -> bool:
         """As ``Client.cancel``."""
         return await self._call(lambda: self._client.cancel(job_id))
+
+    async def feedback(self, job_id: str, score: float) -> bool:
+        """As ``Client.feedback``."""
+        return await self._call(lambda: self._client.feedback(job_id, score))
 
     async def wake(self, job_ids: Iterable[str]) -> None:
         """As ``Client.wake``."""
@@ -283,6 +283,10 @@ class AsyncJobHandle:
     async def cancel(self) -> bool:
         """As ``Client.cancel``."""
         return await self._client.cancel(self.id)
+
+    async def feedback(self, score: float) -> bool:
+        """As ``Client.feedback``."""
+        return await self._client.feedback(self.id, score)
 
 
 @cache

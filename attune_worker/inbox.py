@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from uuid import uuid4
 
 from redis.client import PubSub
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from attune_worker.settings import Settings
-from attune_worker.store.connection import connect, reaching
+from attune_worker.store.connection import connect, reaching, subscription
 from attune_worker.store.keys import inbox as inbox_channel
 
 _LISTEN_SECONDS = 1.0
@@ -93,9 +93,8 @@ class _Listener:
         self._tell = tell
         self._process = os.getpid()
         self._redis = connect(settings, max_connections=2)
-        self._pubsub = PubSub(self._redis.connection_pool)
         with reaching(settings):
-            self._pubsub.subscribe(self.channel)
+            self._pubsub = self._subscribed()
             if self._pubsub.get_message(timeout=settings.redis_timeout_seconds) is None:
                 raise TimeoutError("no answer to SUBSCRIBE")
         self._thread = threading.Thread(target=self._listen, name="attune-inbox", daemon=True)
@@ -106,12 +105,17 @@ class _Listener:
         """Whether the thread is here and listens: threads do not survive a fork."""
         return self._process == os.getpid() and self._thread.is_alive() and not self.closed.is_set()
 
+    def _subscribed(self) -> PubSub:
+        pubsub = subscription(self._redis)
+        pubsub.subscribe(self.channel)
+        return pubsub
+
     def _listen(self) -> None:
         while not self.closed.is_set():
             try:
                 message = self._pubsub.get_message(timeout=_LISTEN_SECONDS)
             except (RedisError, OSError):
-                self.closed.wait(_RECONNECT_SECONDS)  # redis-py connects and subscribes again by itself
+                self._subscribe_again()
                 continue
             if message is None:
                 continue
@@ -121,6 +125,16 @@ class _Listener:
                 self._tell([message["data"].decode(errors="surrogatepass")])
         self._pubsub.close()
         self._redis.close()
+
+    def _subscribe_again(self) -> None:
+        """Make a new subscription, of a cluster at a node that answers."""
+        self._pubsub.close()
+        while not self.closed.wait(_RECONNECT_SECONDS):
+            try:
+                self._pubsub = self._subscribed()
+            except (RedisError, RedisClusterException, OSError):
+                continue
+            return
 
 
 _inboxes: weakref.WeakSet[Inbox] = weakref.WeakSet()

@@ -63,11 +63,15 @@ class ModelTier(StrEnum):
 
 
 class JobStatus(StrEnum):
-    """Where a job is. ``unknown``: no record of it, which is not the same as waiting."""
+    """Where a job is.
+
+    ``unknown``: no record of it, which is not the same as waiting. ``waiting``: it was started, and goes on later.
+    """
 
     UNKNOWN = "unknown"
     QUEUED = "queued"
     RUNNING = "running"
+    WAITING = "waiting"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -135,8 +139,9 @@ class Job(_Value):
     Give either ``prompt`` or ``messages``. ``task_type`` decides the tier unless ``tier_hint`` or
     ``model`` says otherwise; ``workflow`` and ``stage`` name the place in the caller's program, for
     routing and reports (``stage`` defaults to the task type). ``max_cost`` is in USD for the whole
-    job. ``max_latency_ms`` and ``min_success_rate`` (0 to 1) are for adaptive routing, and have no
-    effect while routing is static.
+    job. ``max_latency_ms`` bounds the time that 95 of 100 answers of the model take, and ``min_success_rate``
+    (0 to 1) is what its stage should achieve on average; both go by what the fleet has seen there. Where no
+    model meets them, the one that comes closest serves the job with ``best_effort``; without it the job fails.
     ``priority`` runs from 0 (first) to 9 (last). ``deadline_seconds`` counts from submission.
     ``idempotency_key`` makes submission repeatable: same tenant, same key, same job.
     ``metadata`` is any JSON object; it comes back with the result and is never sent to a provider.
@@ -156,6 +161,7 @@ class Job(_Value):
     max_cost: MaxCost | None = None
     max_latency_ms: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     min_success_rate: float | None = Field(default=None, ge=0, le=1)
+    best_effort: bool = True
     max_tokens: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     temperature: float | None = Field(default=None, ge=0, le=2)
     stop: Annotated[tuple[Name, ...], BeforeValidator(_one_or_many)] = ()
@@ -249,25 +255,6 @@ class Usage(_Value):
     reasoning_tokens: int = Field(default=0, ge=0)
 
 
-class Attempt(_Value):
-    """One call to a provider: what was asked, how it went, and what it cost.
-
-    ``cost_usd`` is None where it is not known: the model has no known price, or the connection broke
-    and the provider may or may not have charged for the call.
-    """
-
-    model_id: str
-    provider: str
-    tier: ModelTier
-    outcome: Literal["succeeded", "failed"]
-    error_type: str | None = None
-    latency_ms: int
-    cost_usd: Usd | None = None
-    status: int | None = None
-    request_id: str | None = None
-    call_id: str | None = None
-
-
 class Candidate(_Value):
     """A model that was weighed for a job: what was known of it there, and what became of it.
 
@@ -306,6 +293,27 @@ class Decision(_Value):
     best_effort: bool = False
 
 
+class Attempt(_Value):
+    """One call to a provider: what was asked, how it went, and what it cost.
+
+    ``cost_usd`` is None where it is not known: the model has no known price, or the connection broke
+    and the provider may or may not have charged for the call. ``call_id`` names the call in Redis.
+    ``decision`` says how its model was chosen; None: the calls before it had failed.
+    """
+
+    model_id: str
+    provider: str
+    tier: ModelTier
+    outcome: Literal["succeeded", "failed"]
+    error_type: str | None = None
+    latency_ms: int
+    cost_usd: Usd | None = None
+    status: int | None = None
+    request_id: str | None = None
+    call_id: str | None = None
+    decision: Decision | None = None
+
+
 class JobError(_Value):
     """Why a job has no answer. ``retry_after`` is in seconds, where the provider gave it."""
 
@@ -335,7 +343,6 @@ class JobResult(_Value):
     finish_reason: str | None = None
     attempts: tuple[Attempt, ...] = ()
     error: JobError | None = None
-    decision: Decision | None = None
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
     @property

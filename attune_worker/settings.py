@@ -41,6 +41,9 @@ from attune_worker.sections import (
 PREFIX = "ATTUNE_"
 DEFAULT_FILE = "attune.toml"
 
+CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
+"""What the URL of a Redis Cluster begins with; it names one of its nodes, or several with commas between."""
+
 DEFAULT_PROVIDERS: Mapping[str, Mapping[str, str]] = {
     "anthropic": {
         "kind": "anthropic",
@@ -64,7 +67,8 @@ DEFAULT_PROVIDERS: Mapping[str, Mapping[str, str]] = {
 class Settings(BaseSettings):
     """All settings. Times are in seconds; ``redis_url`` holds the shared state.
 
-    ``broker_url`` and ``result_backend`` default to ``redis_url``. ``timeout_seconds`` bounds a job's calls and the
+    ``broker_url`` and ``result_backend`` default to ``redis_url``, unless that is a Redis Cluster
+    (``redis+cluster://host:port,host:port``), which Celery cannot use. ``timeout_seconds`` bounds a job's calls and the
     waits between them, all together, from the moment it starts. ``provider_order`` says which
     provider is asked first when several serve a tier. ``user_hash_key`` is mixed into the hashes by
     which providers know your users: without it, whoever knows a user's name can recognise its hash.
@@ -95,7 +99,12 @@ class Settings(BaseSettings):
     models: tuple[ModelSettings, ...] = ()
     user_hash_key: SecretStr = SecretStr("")
 
-    @field_validator("redis_url", "result_backend")
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis_or_a_cluster(cls, url: SecretStr) -> SecretStr:
+        return with_scheme(url, "redis", "rediss", *CLUSTER_SCHEMES)
+
+    @field_validator("result_backend")
     @classmethod
     def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
         return url and with_scheme(url, "redis", "rediss")
@@ -115,6 +124,16 @@ class Settings(BaseSettings):
                 merged[name] = merged.get(name, {}) | table
             values["providers"] = merged
         return values
+
+    @model_validator(mode="after")
+    def _celery_has_no_cluster(self) -> Self:
+        missing = [name for name in ("broker_url", "result_backend") if getattr(self, name) is None]
+        if missing and is_cluster(self.redis_url.get_secret_value()):
+            raise ValueError(
+                f"{missing[0]}: set {' and '.join(missing)}, because redis_url is a Redis Cluster, "
+                "which Celery cannot use as its broker or result backend"
+            )
+        return self
 
     @model_validator(mode="after")
     def _providers_exist(self) -> Self:
@@ -177,6 +196,11 @@ class Settings(BaseSettings):
 def get_settings() -> Settings:
     """Return this process's settings, read once."""
     return Settings.load()
+
+
+def is_cluster(url: str) -> bool:
+    """Whether ``url`` is that of a Redis Cluster."""
+    return url.partition("://")[0] in CLUSTER_SCHEMES
 
 
 def masked(url: str) -> str:

@@ -65,11 +65,15 @@ def find_server() -> str | None:
 class EmbeddedRedis:
     """A Redis server of our own, running while the context is entered; ``url`` has its password."""
 
-    def __init__(self, folder: Path | str, *, port: int | None = None) -> None:
+    def __init__(
+        self, folder: Path | str, *, port: int | None = None, password: str | None = None, configuration: str = ""
+    ) -> None:
+        """Say where it keeps its data; ``configuration`` is added to ours, in the words of redis.conf."""
         self.folder = Path(folder).resolve()
         self.port = port
         self.url = ""
-        self._password = secrets.token_urlsafe(24)
+        self._password = password or secrets.token_urlsafe(24)
+        self._configuration = configuration
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -128,7 +132,7 @@ class EmbeddedRedis:
         with process.stdin:
             folder = str(self.folder).replace("\\", "\\\\").replace('"', '\\"')
             configuration = _CONFIGURATION.format(port=port, password=self._password, folder=folder)
-            process.stdin.write(configuration.encode())
+            process.stdin.write(f"{configuration}{self._configuration}\n".encode())
         return process
 
     def _answers(self, port: int) -> bool:

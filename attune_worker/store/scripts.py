@@ -8,8 +8,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from redis import Redis
 from redis.exceptions import NoScriptError
+
+from attune_worker.store.connection import RedisClient, ask, together
 
 Argument = str | bytes | int | float
 
@@ -22,19 +23,16 @@ class Script:
         self.text = "\n".join(_source(part) for part in (*fragments, name))
         self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
-    def __call__(self, redis: Redis, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+    def __call__(self, redis: RedisClient, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run the script; it may run twice when the connection breaks, which every script here allows for."""
         try:
-            return redis.evalsha(self.sha, len(keys), *keys, *args)
-        except NoScriptError:
+            return ask(redis, ("EVALSHA", self.sha, len(keys), *keys, *args))
+        except NoScriptError:  # each node of a cluster remembers its own
             return redis.eval(self.text, len(keys), *keys, *args)
 
-    def many(self, redis: Redis, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]) -> list[Any]:
-        """Run the script once for each ``(keys, args)``, all in one round trip, and return the answers in order."""
-        with redis.pipeline(transaction=False) as pipeline:
-            for keys, args in calls:
-                pipeline.evalsha(self.sha, len(keys), *keys, *args)
-            answers = pipeline.execute(raise_on_error=False)
+    def many(self, redis: RedisClient, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]) -> list[Any]:
+        """Run the script once for each ``(keys, args)``, in one round trip (see ``together``), answers in order."""
+        answers = together(redis, [(keys[0], ("EVALSHA", self.sha, len(keys), *keys, *args)) for keys, args in calls])
         for index, answer in enumerate(answers):
             if isinstance(answer, NoScriptError):
                 answers[index] = self(redis, *calls[index])

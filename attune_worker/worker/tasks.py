@@ -8,11 +8,13 @@ from typing import Any
 
 from celery import Task, shared_task
 from celery.exceptions import Ignore
+from celery.signals import worker_ready, worker_shutdown
 
 from attune_worker.app import RUN_JOB, SUBMIT_JOB
 from attune_worker.worker.request import HIDDEN
 from attune_worker.worker.runner import Runner
 from attune_worker.worker.summary import Summary
+from attune_worker.worker.sweeper import Sweeper
 
 
 class QuietTask(Task):  # type: ignore[misc]  # celery has no type information
@@ -39,13 +41,15 @@ class QuietTask(Task):  # type: ignore[misc]  # celery has no type information
 
 _runners: dict[int, Runner] = {}
 _lock = threading.Lock()
+_sweepers: dict[str, Sweeper] = {}
+"""By the worker's name; in a pool of processes, the parent has it."""
 
 
 @shared_task(bind=True, base=QuietTask, name=RUN_JOB)  # type: ignore[untyped-decorator]
 def run_job(task: QuietTask, job_id: str) -> Summary:
     """Run an accepted job: the wake-up that ``Client`` sends."""
     result = task.runner.run(job_id)
-    if not result.status.ended:  # it runs elsewhere; Celery would keep "running" as the result for good
+    if not result.status.ended:  # it runs elsewhere, or waits; Celery would keep that as the result for good
         raise Ignore
     return Summary(result)
 
@@ -57,3 +61,18 @@ def submit_job(task: QuietTask, job: dict[str, Any]) -> Summary:
     The job's id is the task's id, unless the job has an idempotency key.
     """
     return Summary(task.runner.submit(job, task.request.id))
+
+
+@worker_ready.connect  # type: ignore[untyped-decorator]
+def start_sweeper(sender: Any, **_: Any) -> None:
+    """Have this worker look for jobs that are due, from before its first job on."""
+    if hasattr(sender.app, "attune_settings"):
+        _sweepers[sender.hostname] = Sweeper(sender.app)
+        _sweepers[sender.hostname].start()
+
+
+@worker_shutdown.connect  # type: ignore[untyped-decorator]
+def stop_sweeper(sender: Any, **_: Any) -> None:
+    """Leave that to the other workers."""
+    if sweeper := _sweepers.pop(sender.hostname, None):
+        sweeper.stop()

@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 
 from attune_worker.errors import ConfigurationError, JobNotFoundError, ServiceUnavailableError
-from attune_worker.jobs import Job, JobError, JobResult, JobStatus
+from attune_worker.jobs import Attempt, Job, JobError, JobResult, JobStatus, ModelTier
 from attune_worker.settings import Settings
 from attune_worker.store.keys import JobKeys, idempotent_job_id, new_job_id
 from attune_worker.store.records import WAITER_SECONDS, Claim, Records
@@ -61,6 +61,17 @@ def claimed(records: Records, job_id: str, owner: str = "worker-1", lease_second
 
 def end(job_id: str, status: JobStatus = JobStatus.SUCCEEDED, **fields: Any) -> JobResult:
     return JobResult(job_id=job_id, status=status, **fields)
+
+
+def call(cost_usd: str | None = "0.25", **fields: Any) -> Attempt:
+    known = {"model_id": "m", "provider": "p", "tier": ModelTier.CHEAP, "outcome": "failed", "latency_ms": 7}
+    return Attempt(**{**known, "cost_usd": cost_usd and Decimal(cost_usd), **fields})
+
+
+def waiting(records: Records, wait_seconds: float = 60.0, *attempts: Attempt, **fields: Any) -> str:
+    job_id = accepted(records, **fields)
+    assert records.put_back(job_id, claimed(records, job_id).fence, wait_seconds, "p is busy", attempts)
+    return job_id
 
 
 def redis_now_ms(redis: Redis) -> int:
@@ -290,6 +301,130 @@ def test_running_job_goes_on_when_cancelled(records: Records) -> None:
     assert records.cancel(job_id) is JobStatus.SUCCEEDED
 
 
+def test_job_that_was_put_back_goes_on_elsewhere(records: Records, redis: Redis, keys: Any) -> None:
+    """It leaves its worker and the running index, and whoever takes it next knows of its calls so far."""
+    job_id = accepted(records)
+    first = claimed(records, job_id, "worker-1")
+    calls = (call(), call(None, error_type="timeout"))
+    assert records.put_back(job_id, first.fence, 60.0, "p is busy", calls)
+    record = records.read([job_id])[0]
+    assert (record.status, record.reason, record.progress) == (JobStatus.WAITING, "p is busy", calls)
+    assert redis.zscore(keys(job_id).due, job_id) == record.due_ms
+    assert first.claimed_ms + 60_000 <= (record.due_ms or 0) <= redis_now_ms(redis) + 60_000
+    assert 50 < (records.due_in_seconds(job_id) or 0) <= 60
+    assert in_indexes(redis, keys(job_id), job_id) == (False, False)
+    assert redis.ttl(keys(job_id).record) == -1
+
+    second = claimed(records, job_id, "worker-2")
+    assert second.attempts == calls
+    assert second.fence > first.fence
+    assert second.queue_ms == first.queue_ms
+    assert redis.zscore(keys(job_id).due, job_id) is None
+    assert records.due_in_seconds(job_id) is None
+    assert records.finish(first.fence, end(job_id, content="late")) is False
+    assert records.finish(second.fence, end(job_id))
+    record = records.read([job_id])[0]
+    assert (record.attempts, record.started_ms, record.progress) == (2, first.claimed_ms, ())
+
+
+def test_putting_back_is_repeatable_and_fenced(records: Records, redis: Redis, keys: Any) -> None:
+    """An answer that was lost is asked for again; a worker that lost its claim cannot put the job back."""
+    job_id = accepted(records)
+    first = claimed(records, job_id)
+    assert records.put_back(job_id, first.fence, 60.0, "busy", ())
+    due_ms = redis.zscore(keys(job_id).due, job_id)
+    assert records.put_back(job_id, first.fence, 90.0, "busy again", ())
+    assert redis.zscore(keys(job_id).due, job_id) == due_ms
+    second = claimed(records, job_id, "worker-2")
+    assert records.put_back(job_id, first.fence, 60.0, "busy", ()) is False
+    assert status_of(records, job_id) is JobStatus.RUNNING
+    records.finish(second.fence, end(job_id))
+    assert records.put_back(job_id, second.fence, 60.0, "busy", ()) is False
+    assert records.put_back("gone", 1, 60.0, "busy", ()) is False
+    assert status_of(records, job_id) is JobStatus.SUCCEEDED
+
+
+def test_waiting_job_expires_at_its_deadline(records: Records, redis: Redis, keys: Any) -> None:
+    """It is due then at the latest, and its end says what it waited for and what it has cost."""
+    job_id = waiting(records, 3600.0, call(), deadline_seconds=100, metadata={"a": 1})
+    record = records.read([job_id])[0]
+    assert record.due_ms == (record.accepted_ms or 0) + 100_000
+    redis.hset(keys(job_id).record, "deadline_ms", redis_now_ms(redis))
+    assert records.claim(job_id, "worker-2", LEASE_SECONDS) is JobStatus.EXPIRED
+    result = records.read([job_id])[0].to_result()
+    assert result.error == JobError(type="deadline_exceeded", message="the deadline passed while it waited: p is busy")
+    assert (result.status, result.cost_usd, result.attempts) == (JobStatus.EXPIRED, Decimal("0.25"), (call(),))
+    assert result.metadata == {"a": 1}
+    assert redis.zscore(keys(job_id).due, job_id) is None
+    assert 0 < redis.ttl(keys(job_id).record) <= RETENTION_SECONDS
+
+
+def test_waiting_job_can_be_cancelled(records: Records, redis: Redis, keys: Any) -> None:
+    """It goes on nowhere; what it has cost so far is in its result."""
+    job_id = waiting(records, 60.0, call("0.5"), call("0.25"))
+    assert records.cancel(job_id) is JobStatus.CANCELLED
+    assert records.claim(job_id, "worker-2", LEASE_SECONDS) is JobStatus.CANCELLED
+    result = records.read([job_id])[0].to_result()
+    assert result.error == JobError(type="cancelled", message="cancelled while it waited: p is busy")
+    assert (result.cost_usd, len(result.attempts)) == (Decimal("0.75"), 2)
+    assert redis.zscore(keys(job_id).due, job_id) is None
+
+
+def test_waiters_hear_of_the_end_only(records: Records, settings: Settings, heard: Any) -> None:
+    """A job that is put back has not ended; whoever waits for it goes on waiting, also from then on."""
+    job_id = accepted(records)
+    claim = claimed(records, job_id)
+    records.watch([job_id], settings.namespace)
+    records.put_back(job_id, claim.fence, 60.0, "busy", ())
+    assert records.watch([job_id], settings.namespace)[0].status is JobStatus.WAITING
+    assert heard() == []
+    records.cancel(job_id)
+    assert heard() == [job_id.encode()]
+
+
+def test_waiting_job_is_woken_by_submission_only_when_overdue(records: Records, redis: Redis) -> None:
+    """Before its time it would only be put back again; after it, its wake-up may have been lost."""
+    job = new_job()
+    records.accept([job])
+    records.put_back(job[0], claimed(records, job[0]).fence, 60.0, "busy", ())
+    assert records.accept([job])[0].wake is False
+    second = claimed(records, job[0], "worker-2")
+    records.put_back(job[0], second.fence, 0.001, "busy", ())
+    wait_on_the_clock_of_redis(redis, records.read([job[0]])[0].due_ms or 0)
+    assert records.accept([job])[0].wake is True
+
+
+def test_job_of_a_lost_worker_expires_with_those_words(records: Records, redis: Redis, keys: Any) -> None:
+    """It did start, so its end does not claim that it had not."""
+    job_id = accepted(records, deadline_seconds=100)
+    claimed(records, job_id)
+    redis.hset(keys(job_id).record, mapping={"deadline_ms": redis_now_ms(redis), "lease_ms": 0})
+    records.claim(job_id, "worker-2", LEASE_SECONDS)
+    error = records.read([job_id])[0].to_result().error
+    assert error is not None
+    assert error.message == "the deadline passed after the worker that ran it was lost"
+
+
+def test_foreign_values_count_as_missing(records: Records, redis: Redis, keys: Any) -> None:
+    """Whoever else writes to our keys may cost a job its history, and never its life."""
+    job_id = accepted(records)
+    names = keys(job_id)
+    redis.set(names.due, "not an index")
+    redis.delete(names.queued)
+    redis.set(names.running, "not an index")
+    claim = claimed(records, job_id)
+    assert records.put_back(job_id, claim.fence, 60.0, "busy", (call(),))
+    redis.hset(names.record, mapping={"progress": '[{"x":', "due_ms": "soon", "started_ms": "\xff", "attempts": "x"})
+    record = records.read([job_id])[0]
+    assert (record.status, record.progress, record.due_ms, record.attempts) == (JobStatus.WAITING, (), None, 0)
+    redis.hset(names.record, "attempts", 1)
+    assert claimed(records, job_id, "worker-2").attempts == ()
+    redis.hset(names.record, "state", "dancing")
+    assert status_of(records, job_id) is JobStatus.UNKNOWN
+    assert records.claim(job_id, "worker-3", LEASE_SECONDS) is JobStatus.UNKNOWN
+    assert records.cancel(job_id) is JobStatus.UNKNOWN
+
+
 def test_waiting_client_is_remembered_for_a_while(records: Records, redis: Redis, keys: Any) -> None:
     """A client that died waiting leaves nothing behind for ever."""
     job_id = accepted(records)
@@ -345,6 +480,9 @@ def test_life_of_a_job_survives_forgotten_scripts(records: Records, redis: Redis
     claim = claimed(records, job_id)
     redis.script_flush()
     records.watch([job_id], "channel")
+    redis.script_flush()
+    assert records.put_back(job_id, claim.fence, 60.0, "busy", ())
+    claim = claimed(records, job_id)
     redis.script_flush()
     assert records.finish(claim.fence, end(job_id))
 
@@ -415,7 +553,9 @@ def test_redis_that_is_away_is_a_typed_error_without_the_password() -> None:
         lambda: records.accept([new_job()]),
         lambda: records.claim("a", "w", 1),
         lambda: records.finish(1, end("a")),
+        lambda: records.put_back("a", 1, 1.0, "busy", ()),
         lambda: records.cancel("a"),
+        lambda: records.due_in_seconds("a"),
         lambda: records.read(["a"]),
         lambda: records.watch(["a"], "c"),
     ]

@@ -5,6 +5,7 @@ from redis.exceptions import ResponseError
 from attune_worker.store.keys import JobKeys
 from attune_worker.store.records import ACCEPT, CANCEL, CLAIM, FINISH, WATCH
 from attune_worker.store.scripts import Script
+from tests.cluster import LocalCluster
 
 SCRIPTS = [ACCEPT, CLAIM, FINISH, CANCEL, WATCH]
 
@@ -30,7 +31,7 @@ def test_forgotten_script_is_sent_again(redis: Redis) -> None:
     assert CANCEL(redis, (keys.record, keys.queued, keys.waiters), ("nobody", 60)) == b"unknown"
     redis.script_flush()
     assert CANCEL(redis, (keys.record, keys.queued, keys.waiters), ("nobody", 60)) == b"unknown"
-    assert redis.script_exists(CANCEL.sha) == [True]
+    assert redis.evalsha(CANCEL.sha, 3, keys.record, keys.queued, keys.waiters, "nobody", 60) == b"unknown"
 
 
 def test_forgotten_script_is_sent_again_within_a_batch(redis: Redis) -> None:
@@ -44,6 +45,36 @@ def test_forgotten_script_is_sent_again_within_a_batch(redis: Redis) -> None:
         redis.expire(record, 60)
         calls.append(((record, f"{record}:waiters"), ("channel", 60)))
     assert [answer[0] for answer in shout.many(redis, calls)] == [f"state-{number}".encode() for number in range(5)]
+
+
+def test_batch_survives_one_node_that_has_forgotten(cluster: LocalCluster) -> None:
+    """Each node remembers scripts of its own, and a batch goes to all of them."""
+    ids = [f"nobody-{number}" for number in range(32)]
+    keys = [JobKeys.of("scripts", job_id) for job_id in ids]
+    calls = [((each.record, each.queued, each.waiters), (job_id, 60)) for job_id, each in zip(ids, keys, strict=True)]
+    with cluster.client() as redis:
+        for node in cluster.of_each_node():
+            assert CANCEL.many(redis, calls) == [b"unknown"] * len(calls)
+            with node:
+                node.script_flush()
+        assert CANCEL.many(redis, calls) == [b"unknown"] * len(calls)
+
+
+def test_slot_that_moves_to_another_node_is_followed(cluster: LocalCluster) -> None:
+    """ASK while it moves, MOVED when it has; the new node does not know the script yet."""
+    keys = [f"{{moving}}:{number}" for number in range(4)]
+    calls = [((key, f"{key}:waiters"), ("channel", 60)) for key in keys]
+    with cluster.client() as redis, cluster.client() as batches:
+        for key in keys:
+            redis.hset(key, mapping={"state": "queued", "result": key})
+            redis.expire(key, 60)
+        WATCH.many(redis, calls)  # while a slot moves, a script whose keys are not all there is told TRYAGAIN
+        for finish in (False, True):
+            for client in (redis, batches):
+                client.script_flush()
+            cluster.move_slot("{moving}", finish=finish)
+            assert [answer[1] for answer in WATCH.many(batches, calls)] == [key.encode() for key in keys]
+            assert [WATCH(redis, *call)[1] for call in calls] == [key.encode() for key in keys]
 
 
 def test_error_of_one_call_of_a_batch_is_raised(redis: Redis) -> None:

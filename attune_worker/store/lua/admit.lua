@@ -1,0 +1,87 @@
+-- ADMIT: may a call be made now, and to which of the candidates? The first that everything allows is taken:
+-- breaker, cooldown, rate limits, slots and budgets together, and the call's intent is written.
+-- Nothing is written for a candidate that is refused, except that who is told to come back when a rate limit allows
+-- it stands in line: thousands that are refused together do not come back together. Repeatable: the same call again gets the same answer.
+--
+-- KEYS  1 call  2 open calls  3 circuits; for each candidate: circuit of its tier, circuit of its provider,
+--       limits of the provider, limits of the model, slots of the provider; then the budgets
+-- ARGV  1 JSON: {call, job, worker, lease_ms, retention_s, rules (see breaker.lua), candidates: [{ref, want (see
+--       limits.lua), estimate_nano, budgets: [{key: place among the budgets, want (see budget.lua)}]}]}
+-- Returns {'admitted', place of the candidate from 0, now_ms, generation, soft budgets passed}
+--      or {'settled'} when the call has been settled already
+--      or {'refused', now_ms, {'wait' | 'budget', retry_at_ms, reason, left_nano or ''} for each candidate}
+-- TTL   call: the retention time, and at least as long as its lease
+local request = cjson.decode(ARGV[1])
+local now = now_in_ms()
+local KEYS_PER_CANDIDATE = 5
+local PROBING_MS = 1000 -- a probe may be done long before its lease ends
+local first_budget = 3 + #request.candidates * KEYS_PER_CANDIDATE
+
+local state, place, generation = unpack(read(KEYS[1], 'state', 'place', 'generation'))
+place = number(place, -1)
+if state == 'open' and place >= 0 and place < #request.candidates then
+  return { 'admitted', place, now, generation or '0', {} }
+elseif state == 'settled' then
+  return { 'settled' }
+end
+
+local function look(candidate, base)
+  local looked = { budgets = {}, soft = {} }
+  looked.circuit = breaker_look(KEYS[base + 1], now, request.rules)
+  looked.provider = breaker_look(KEYS[base + 2], now, request.rules)
+  looked.limits = limits_look(KEYS[base + 3], KEYS[base + 4], KEYS[base + 5], now, candidate.want)
+  for _, one in ipairs(candidate.budgets) do
+    local budget = budget_look(KEYS[first_budget + one.key + 1], now, one.want)
+    if not budget.allowed then
+      looked.refusal = { 'budget', integer(budget.resets_at), budget.reason, integer(budget.left_nano), one.key }
+      return looked
+    end
+    if budget.over_soft then
+      looked.soft[#looked.soft + 1] = one.key
+    end
+    looked.budgets[#looked.budgets + 1] = budget
+  end
+  for _, part in ipairs({ looked.circuit, looked.provider, looked.limits }) do
+    if part.reason == 'probing' then
+      part.retry_at = math.min(part.retry_at, now + PROBING_MS)
+    end
+    if not part.allowed and (not looked.refusal or part.retry_at > looked.retry_at) then
+      looked.retry_at = part.retry_at
+      looked.refusal = { 'wait', integer(part.retry_at), part.reason, '', -1 }
+    end
+  end
+  return looked
+end
+
+local refusals, soonest = {}, nil
+for index, candidate in ipairs(request.candidates) do
+  local base = 3 + (index - 1) * KEYS_PER_CANDIDATE
+  local looked = look(candidate, base)
+  if not looked.refusal then
+    local lease_ms = request.lease_ms
+    local of_provider = breaker_take(looked.provider, now, request.call, lease_ms, request.rules)
+    local taken = breaker_take(looked.circuit, now, request.call, lease_ms, request.rules)
+    limits_take(looked.limits, now, request.call, lease_ms)
+    local windows = {}
+    for at, budget in ipairs(looked.budgets) do
+      budget_take(budget, now)
+      windows[at] = budget.window
+    end
+    redis.call('HSET', KEYS[1], 'state', 'open', 'job', request.job, 'worker', request.worker, 'ref', candidate.ref,
+      'place', index - 1, 'generation', integer(taken),
+      'probed', looked.provider.probe and integer(of_provider) or '', 'admitted_ms', integer(now), 'tokens', candidate.want.tokens or 0,
+      'estimate_nano', candidate.estimate_nano and integer(candidate.estimate_nano) or '', 'windows', cjson.encode(windows))
+    redis.call('EXPIRE', KEYS[1], integer(math.max(request.retention_s, math.ceil(lease_ms / 1000))))
+    own(KEYS[2], 'zset')
+    redis.call('ZADD', KEYS[2], integer(now + lease_ms), request.call)
+    return { 'admitted', index - 1, now, integer(taken), looked.soft }
+  end
+  refusals[index] = looked.refusal
+  if looked.retry_at and (not soonest or looked.retry_at < soonest.retry_at) then
+    soonest = looked
+  end
+end
+if soonest then
+  limits_line_up(soonest.limits, now)
+end
+return { 'refused', now, refusals }

@@ -1,0 +1,73 @@
+-- SETTLE: what a call did, written once however often it arrives: breaker, limits, budgets and telemetry.
+-- A call without an intent (it was made while Redis was away) is charged in full and counts all the same.
+--
+-- KEYS  1 call  2 open calls  3 circuits  4 circuit of the tier  5 circuit of the provider  6 limits of the provider
+--       7 limits of the model  8 slots of the provider  9 stats of the day  10 evidence of the stage
+--       11 evidence of the workflow  12 evidence of the fleet  13 stages; then the budgets
+-- ARGV  1 JSON: {call, ref, retention_s, outcome: succeeded | failed | released (the call was never made), names
+--       (provider and tier as JSON), rules, result (see breaker.lua), limits (see limits.lua), budgets: [{per, limit_nano,
+--       reserved_nano, cost_nano}], cost_nano, call_of (what telemetry.lua counts; absent when released)}
+-- Returns {'settled' | 'again' | 'other' (released, but leave was given for another model: nothing is done), what became of the circuit or '', {soft budgets that were passed just now}}
+-- TTL   call: the retention time, in which a second settlement is known for one
+local request = cjson.decode(ARGV[1])
+local now = now_in_ms()
+local state, ref, generation, probed, tokens, windows, admitted_ms =
+  unpack(read(KEYS[1], 'state', 'ref', 'generation', 'probed', 'tokens', 'windows', 'admitted_ms'))
+if state == 'settled' then
+  return { 'again', '', {} }
+end
+local admitted = state == 'open'
+if admitted and request.outcome == 'released' and ref ~= request.ref then
+  return { 'other', '', {} }
+end
+redis.call('HSET', KEYS[1], 'state', 'settled', 'outcome', request.outcome, 'settled_ms', integer(now),
+  'cost_nano', request.cost_nano and integer(request.cost_nano) or '') -- first, so that no error counts a call twice
+
+local result = request.result
+result.call = request.call
+result.generation = admitted and number(generation, nil) or nil
+local event = breaker_settle(KEYS[4], now, result, request.rules)
+if admitted and number(probed, nil) then -- it was the probe of the provider's own circuit, too
+  result.generation = number(probed, nil)
+  breaker_settle(KEYS[5], now, result, request.rules)
+end
+if event or result.outcome == 'failure' then
+  breaker_list(KEYS[3], request.names)
+end
+
+local limits = request.limits
+limits.call = request.call
+limits.admitted_ms = admitted and number(admitted_ms, nil) or nil
+limits.reserved_tokens = admitted and number(tokens, 0) or 0
+limits.released = admitted and request.outcome == 'released'
+limits_settle(KEYS[6], KEYS[7], KEYS[8], now, limits)
+
+local known, window_of = pcall(cjson.decode, windows or '[]')
+local passed = {}
+for index, budget in ipairs(request.budgets) do
+  local window = admitted and known and type(window_of) == 'table' and window_of[index]
+  if type(window) ~= 'string' or not string.match(window, '^%d%d%d%d%-%d%d') then -- nothing was reserved, so it is all of this window
+    budget.window = budget_window(now, budget.per)
+    budget.cost_nano = budget.cost_nano or budget.reserved_nano
+    budget.reserved_nano = 0
+  else
+    budget.window = window
+  end
+  if budget_settle(KEYS[13 + index], now, budget) then
+    passed[#passed + 1] = index - 1
+  end
+end
+
+local call = request.call_of
+if call then
+  local stage_n, workflow_n, fleet_n = telemetry_settle({
+    stats = KEYS[9], stage = KEYS[10], workflow = KEYS[11], fleet = KEYS[12], stages = KEYS[13],
+  }, now, call)
+  redis.call('HSET', KEYS[1], 'ref', call.ref, 'workflow', call.workflow, 'stage', call.stage, 'day', call.day,
+    'score', call.score or '', 'n', stage_n or '', 'n_workflow', workflow_n or '', 'n_fleet', fleet_n or '')
+end
+redis.call('HDEL', KEYS[1], 'windows', 'place', 'generation', 'probed')
+redis.call('EXPIRE', KEYS[1], request.retention_s)
+own(KEYS[2], 'zset')
+redis.call('ZREM', KEYS[2], request.call)
+return { 'settled', event or '', passed }

@@ -1,0 +1,424 @@
+"""Do ADMIT and SETTLE take all or nothing, and count each call once? On one server and on a cluster."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from attune_worker.budget import Budgets
+from attune_worker.jobs import Job
+from attune_worker.limits import Limits
+from attune_worker.models.admission import Admission, Outcome, Permit, Quote, Refusal, Request
+from attune_worker.models.registry import Registry
+from attune_worker.settings import Settings
+from attune_worker.store.keys import FleetKeys
+
+Ask = Callable[..., Request]
+HAIKU, LUNA, OPUS = "anthropic/claude-haiku-5-5", "openai/gpt-6-luna", "anthropic/claude-opus-5-5"
+JOB = Job.parse({"task_type": "summarize", "prompt": "?", "tenant": "acme", "workflow": "review"})
+DONE = Outcome("succeeded", "success", 120, Decimal("0.25"), 60, 40)
+BROKEN = Outcome("failed", "failure", 30, Decimal(0), 0, error="overloaded")
+UNKNOWN_COST = Outcome("failed", "failure", 30, None, error="timeout")
+
+
+@pytest.fixture
+def limited(settings: Settings) -> Settings:
+    """Every rule there is: slots, two rates, a hard and a soft budget."""
+    providers = {
+        name: one.model_copy(update={"requests_per_minute": 600, "tokens_per_minute": 60_000, "concurrency": 5})
+        for name, one in settings.providers.items()
+    }
+    budgets = [
+        {"per": "day", "limit_usd": "10"},
+        {"per": "month", "limit_usd": "0.4", "tenant": "*", "hard": False},
+        {"per": "day", "limit_usd": "5", "provider": "anthropic"},
+    ]
+    changed = settings.model_copy(update={"providers": providers})
+    return Settings.model_validate({**changed.model_dump(), "budgets": budgets})
+
+
+@pytest.fixture
+def admission(limited: Settings) -> Iterator[Admission]:
+    found = Admission(limited)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def ask(settings: Settings) -> Ask:
+    """Return a function that makes a request for one call to any of the models named."""
+    registry = Registry.from_settings(settings)
+
+    def make(*refs: str, worst_usd: str | None = "1", tokens: int = 100, job: Job = JOB) -> Request:
+        models = [registry.find(ref)[0] for ref in refs or (HAIKU,)]
+        worst = None if worst_usd is None else Decimal(worst_usd)
+        return Request(uuid4().hex, "job-1", job, tuple(Quote(model, tokens, worst) for model in models))
+
+    return make
+
+
+def state(redis: Any, settings: Settings) -> dict[bytes, bytes]:
+    """Return every key of the fleet, with what is in it."""
+    return {key: redis.dump(key) for key in redis.scan_iter(match=f"{FleetKeys(settings.namespace).tag}*")}
+
+
+def permit(admission: Admission, request: Request) -> Permit:
+    verdict = admission.admit(request)
+    assert isinstance(verdict, Permit), verdict
+    return verdict
+
+
+def refusal(admission: Admission, request: Request) -> Refusal:
+    verdict = admission.admit(request)
+    assert isinstance(verdict, Refusal), verdict
+    return verdict
+
+
+def spent(settings: Settings) -> list[tuple[Decimal, Decimal]]:
+    """Return what is spent and reserved of the budgets that have been used."""
+    rows = Budgets(settings).status()
+    return sorted({(row.spent_usd, row.reserved_usd) for row in rows})
+
+
+def stats(redis: Any, settings: Settings) -> dict[str, int]:
+    """Return the counters of all models together."""
+    found: dict[str, int] = {}
+    for key in redis.scan_iter(match=f"{FleetKeys(settings.namespace).tag}:stats:*"):
+        for name, value in redis.hgetall(key).items():
+            short = name.decode().partition("|")[2]
+            found[short] = found.get(short, 0) + int(value)
+    return found
+
+
+def in_flight(settings: Settings, provider: str = "anthropic") -> int:
+    return Limits(settings).status()[provider].in_flight
+
+
+def failures(redis: Any, settings: Settings, provider: str = "anthropic") -> bytes | None:
+    found: bytes | None = redis.hget(FleetKeys(settings.namespace).circuit(provider, "cheap"), "failures")
+    return found
+
+
+def open_circuit(admission: Admission, ask: Ask, *, worst_usd: str = "0.01") -> None:
+    for _ in range(5):
+        admission.settle(permit(admission, ask(worst_usd=worst_usd)), BROKEN)
+
+
+def test_first_candidate_that_everything_allows_is_taken(admission: Admission, ask: Ask, limited: Settings) -> None:
+    """In the order asked; one whose circuit is open is passed over, and only the chosen one's provider is charged."""
+    assert permit(admission, ask(HAIKU, LUNA)).model.ref == HAIKU
+    open_circuit(admission, ask)
+    assert permit(admission, ask(HAIKU, LUNA)).model.ref == LUNA
+    assert (in_flight(limited, "anthropic"), in_flight(limited, "openai")) == (1, 1)
+
+
+def test_refusal_writes_nothing(admission: Admission, ask: Ask, redis: Any, limited: Settings) -> None:
+    """Not for the candidate that failed at the last rule, nor for those before it."""
+    open_circuit(admission, ask)
+    before = state(redis, limited)
+    by_circuit = refusal(admission, ask(HAIKU))
+    assert "circuit is open" in by_circuit.reason
+    assert 0 < by_circuit.retry_after_seconds <= 60
+    by_budget = refusal(admission, ask(LUNA, OPUS, worst_usd="11"))
+    assert by_budget.for_budget
+    assert state(redis, limited) == before
+
+
+def test_passed_over_candidate_is_left_untouched(admission: Admission, ask: Ask, redis: Any, limited: Settings) -> None:
+    """Its circuit, limits, slots and budgets are byte for byte what they were."""
+    open_circuit(admission, ask)
+    keys = FleetKeys(limited.namespace)
+    theirs = [keys.circuit("anthropic", "cheap"), keys.limits("anthropic"), keys.slots("anthropic")]
+    before = [redis.dump(key) for key in [*theirs, keys.budget(None, None, "anthropic", "day")]]
+    assert permit(admission, ask(HAIKU, LUNA)).model.ref == LUNA
+    assert [redis.dump(key) for key in [*theirs, keys.budget(None, None, "anthropic", "day")]] == before
+
+
+def test_admit_twice_takes_once(admission: Admission, ask: Ask, redis: Any, limited: Settings) -> None:
+    """A request that is sent again after a broken connection gets the same answer, and changes nothing."""
+    request = ask(HAIKU, LUNA)
+    first = permit(admission, request)
+    before = state(redis, limited)
+    again = permit(admission, request)
+    assert again.quote == first.quote
+    assert state(redis, limited) == before
+
+
+def test_admit_after_its_settlement_takes_nothing(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings
+) -> None:
+    """A request that was stuck in the network arrives after everything is over."""
+    request = ask()
+    admission.settle(permit(admission, request), DONE)
+    before = state(redis, limited)
+    admission.admit(request)
+    assert state(redis, limited) == before
+
+
+@pytest.mark.parametrize("outcome", [DONE, BROKEN, UNKNOWN_COST, Outcome.released()])
+def test_settling_twice_counts_once(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings, outcome: Outcome
+) -> None:
+    """Not a byte of breaker, limits, budgets and telemetry differs after the second."""
+    taken = permit(admission, ask())
+    admission.settle(taken, outcome)
+    before = state(redis, limited)
+    admission.settle(taken, outcome)
+    admission.settle(taken, DONE)
+    assert state(redis, limited) == before
+
+
+def test_success_is_counted_everywhere(admission: Admission, ask: Ask, redis: Any, limited: Settings) -> None:
+    """Each part of SETTLE has done its work."""
+    taken = permit(admission, ask())
+    assert (spent(limited), in_flight(limited)) == ([(Decimal(0), Decimal(1))], 1)
+    admission.settle(taken, DONE)
+    assert (spent(limited), in_flight(limited)) == ([(Decimal("0.25"), Decimal(0))], 0)
+    counted = stats(redis, limited)
+    assert (counted["calls"], counted["succeeded"], counted["cost_nano"]) == (1, 1, 250_000_000)
+    assert redis.zcard(FleetKeys(limited.namespace).calls) == 0
+
+
+def test_unknown_cost_keeps_the_reservation_as_spent(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings
+) -> None:
+    """The provider may charge for it, so a hard budget counts the worst case."""
+    admission.settle(permit(admission, ask()), UNKNOWN_COST)
+    assert spent(limited) == [(Decimal(1), Decimal(0))]
+    assert stats(redis, limited)["unpriced"] == 1
+
+
+def test_released_gives_everything_back(admission: Admission, ask: Ask, redis: Any, limited: Settings) -> None:
+    """A call that was never made leaves no trace in budgets, limits, breaker and telemetry."""
+    admission.settle(permit(admission, ask()), Outcome.released())
+    assert spent(limited) == [(Decimal(0), Decimal(0))]
+    status = Limits(limited).status()["anthropic"]
+    assert status.requests is not None
+    assert status.tokens is not None
+    full = Limits(limited).status()["openai"]
+    assert (status.in_flight, status.requests, status.tokens) == (0, full.requests, full.tokens)
+    assert stats(redis, limited) == {}
+    assert failures(redis, limited) is None
+
+
+def test_released_without_an_intent_gives_nothing_back(admission: Admission, ask: Ask, limited: Settings) -> None:
+    """What was not taken cannot come back; and an ADMIT that arrives only then takes nothing."""
+    for _ in range(3):
+        permit(admission, ask())
+    rates = Limits(limited).status()["anthropic"]
+    request = ask()
+    late = Permit(request.call_id, JOB, request.quotes[0], (), 0)
+    admission.give_back(late)
+    admission._unsettled.close(5)
+    after = Limits(limited).status()["anthropic"]
+    assert rates.requests is not None
+    assert after.requests is not None
+    assert after.requests.left <= rates.requests.left + 1  # time alone refills
+    assert after.in_flight == 3
+    admission.admit(request)
+    assert Limits(limited).status()["anthropic"].in_flight == 3
+
+
+def test_release_names_the_model_that_was_taken(admission: Admission, ask: Ask, limited: Settings) -> None:
+    """Where leave was given for another candidate, nothing is done, so that whoever does not know can ask for each."""
+    request = ask(LUNA, HAIKU)
+    taken = permit(admission, request)
+    assert taken.model.ref == LUNA
+    admission.settle(replace(taken, quote=request.quotes[1]), Outcome.released())
+    assert in_flight(limited, "openai") == 1
+    admission.settle(taken, Outcome.released())
+    assert in_flight(limited, "openai") == 0
+
+
+def test_settlement_after_its_intent_is_gone_is_charged_in_full(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings
+) -> None:
+    """A key may be evicted, or Redis was away at ADMIT: cost and telemetry count all the same, and once."""
+    taken = permit(admission, ask())
+    keys = FleetKeys(limited.namespace)
+    redis.delete(keys.call(taken.call_id), keys.slots("anthropic"), keys.calls)
+    for _ in range(2):
+        admission.settle(taken, DONE)
+    assert [total for total, _ in spent(limited)] == [Decimal("0.25")]
+    assert stats(redis, limited)["calls"] == 1
+    never_asked = replace(taken, call_id=uuid4().hex)
+    admission.settle(never_asked, UNKNOWN_COST)
+    assert [total for total, _ in spent(limited)] == [Decimal("1.25")]
+    assert failures(redis, limited) == b"1"
+
+
+def test_settlement_after_its_lease_has_run_out_still_counts(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings
+) -> None:
+    """Its slot has gone to another call, which keeps it; the money was spent."""
+    slow = permit(admission, ask())
+    slots = FleetKeys(limited.namespace).slots("anthropic")
+    redis.zadd(slots, {slow.call_id: 1})  # its lease ended long ago
+    permit(admission, ask())
+    assert in_flight(limited) == 1
+    admission.settle(slow, DONE)
+    assert in_flight(limited) == 1
+    assert stats(redis, limited)["calls"] == 1
+    assert spent(limited)[-1] == (Decimal("0.25"), Decimal(1))
+
+
+def test_budget_of_the_candidate_that_bills_is_the_one_charged(
+    admission: Admission, ask: Ask, limited: Settings
+) -> None:
+    """Anthropic's own budget has room for five dollars, so the sixth goes to OpenAI, and is charged there alone."""
+    for _ in range(5):
+        assert permit(admission, ask(HAIKU, LUNA)).model.ref == HAIKU
+    assert permit(admission, ask(HAIKU, LUNA)).model.ref == LUNA
+    by_provider = {row.provider: row.reserved_usd for row in Budgets(limited).status() if row.hard}
+    assert by_provider == {"anthropic": Decimal(5), None: Decimal(6)}
+
+
+def test_exhausted_budgets_say_what_is_left_and_until_when(admission: Admission, ask: Ask) -> None:
+    """The one that a person has to raise is named, in dollars and UTC."""
+    admission.settle(permit(admission, ask(LUNA, worst_usd="9.5")), replace(DONE, cost_usd=Decimal("9.5")))
+    refused = refusal(admission, ask(LUNA, HAIKU))
+    assert refused.for_budget
+    assert "per day has $0.500000000 left and this job needs up to $1 on openai/gpt-6-luna" in refused.reason
+    assert "UTC" in refused.reason
+    assert 0 < refused.retry_after_seconds <= 86_400
+
+
+def test_unknown_price_is_refused_by_a_hard_budget(admission: Admission, ask: Ask) -> None:
+    """Nobody could say that it stays within it."""
+    refused = refusal(admission, ask(worst_usd=None))
+    assert refused.for_budget
+    assert "needs an unknown amount" in refused.reason
+
+
+def test_soft_budget_warns_once_in_its_window(admission: Admission, ask: Ask, caplog: pytest.LogCaptureFixture) -> None:
+    """However many calls go over it."""
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            admission.settle(permit(admission, ask()), DONE)
+    [warning] = [record.message for record in caplog.records]
+    assert warning.startswith("soft budget ")
+    assert "acme" in warning
+
+
+def test_crowd_never_reserves_more_than_there_is(admission: Admission, ask: Ask, limited: Settings) -> None:
+    """Fifty threads for a budget of ten dollars: ten get leave for one each, whatever the order."""
+    with ThreadPoolExecutor(50) as threads:
+        unlimited = [ask(LUNA, tokens=1) for _ in range(50)]
+        verdicts = list(threads.map(admission.admit, unlimited))
+    assert sum(isinstance(verdict, Permit) for verdict in verdicts) == 5  # its slots
+    for verdict in verdicts:
+        if isinstance(verdict, Permit):
+            admission.settle(verdict, replace(DONE, cost_usd=Decimal(1)))
+    with ThreadPoolExecutor(50) as threads:
+        unsettled = threads.map(admission.admit, [ask(LUNA, HAIKU, tokens=1) for _ in range(50)])
+    assert sum(isinstance(verdict, Permit) for verdict in unsettled) == 5
+    [(total, reserved)] = {(row.spent_usd, row.reserved_usd) for row in Budgets(limited).status() if not row.provider}
+    assert total + reserved == 10
+
+
+@pytest.mark.parametrize("garbage", ["string", "hash", "list"])
+def test_foreign_values_under_every_key_count_as_missing(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings, garbage: str
+) -> None:
+    """Whoever wrote there: calls go on, settlements count, and the next ones find everything in order."""
+    taken = permit(admission, ask())
+    admission.settle(permit(admission, ask()), DONE)
+
+    def spoil() -> None:
+        for key in state(redis, limited):
+            fields = [*redis.hkeys(key), b"other"] if redis.type(key) == b"hash" else [b"state", b"n"]
+            redis.delete(key)
+            if garbage == "hash":
+                redis.hset(key, mapping=dict.fromkeys(fields, b"\xff{garbage"))
+            elif garbage == "list":
+                redis.rpush(key, b"x")
+            else:
+                redis.set(key, b"garbage")
+
+    spoil()
+    admission.settle(taken, DONE)
+    assert stats_of_calls(redis, limited) == 1
+    spoil()
+    again = permit(admission, ask())
+    admission.settle(again, DONE)
+    admission.settle(permit(admission, ask()), DONE)
+    assert stats_of_calls(redis, limited) == 2
+    assert in_flight(limited) == 0
+    assert spent(limited)[-1] == (Decimal("0.5"), Decimal(0))
+
+
+def stats_of_calls(redis: Any, settings: Settings) -> int:
+    """Return how many calls are counted, where other fields may hold anything."""
+    [key] = redis.scan_iter(match=f"{FleetKeys(settings.namespace).tag}:stats:*")
+    return int(redis.hget(key, f"{HAIKU}|calls"))
+
+
+@pytest.mark.parametrize("windows", [b"5", b"null", b'[1,{},"x"]', b"[", b'{"1":"2026"}'])
+def test_garbled_intent_is_no_excuse_not_to_charge(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings, windows: bytes
+) -> None:
+    """A window that is none is the current one."""
+    taken = permit(admission, ask())
+    redis.hset(FleetKeys(limited.namespace).call(taken.call_id), mapping={"windows": windows, "place": "99"})
+    assert isinstance(admission.admit(Request(taken.call_id, "job-1", JOB, (taken.quote,))), Permit)
+    admission.settle(taken, DONE)
+    assert all(total == Decimal("0.25") for total, _ in spent(limited))
+
+
+def test_names_cannot_collide(admission: Admission, ask: Ask, limited: Settings, redis: Any) -> None:
+    """Colons, braces, stars, spaces and 200 characters: each tenant, workflow and stage is its own."""
+    names = ["a", "a:b", "a:*", "*", "{a}", "a b", "%2A", "~", "b" * 199, "b" * 200, "ä", "a\n"]
+    for name in names:
+        job = Job.parse({"task_type": "x", "prompt": "?", "tenant": name, "workflow": name, "stage": name})
+        admission.settle(permit(admission, ask(worst_usd="0.01", job=job)), replace(DONE, cost_usd=Decimal("0.01")))
+    tenants = [row for row in Budgets(limited).status() if row.tenant is not None]
+    assert [row.spent_usd for row in tenants] == [Decimal("0.01")] * len(names)
+    tag = FleetKeys(limited.namespace).tag
+    assert len(list(redis.scan_iter(match=f"{tag}:stats:*"))) == len(names)
+
+
+def test_every_key_but_the_index_of_open_calls_ends_by_itself(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings
+) -> None:
+    """Redis does not fill up with what nobody asks for any more; an open call outlives its lease."""
+    open_circuit(admission, ask)
+    permit(admission, ask(LUNA))
+    calls = FleetKeys(limited.namespace).calls.encode()
+    assert {key for key in state(redis, limited) if redis.ttl(key) < 0} == {calls}
+
+
+def test_intent_lives_as_long_as_its_lease(settings: Settings, ask: Ask, redis: Any) -> None:
+    """Also where results are kept for a second: else the reservation would outlive the call's record."""
+    admission = Admission(settings.model_copy(update={"retention_seconds": 1}))
+    taken = permit(admission, ask())
+    assert redis.ttl(FleetKeys(settings.namespace).call(taken.call_id)) > settings.http.request_timeout_seconds
+    admission.close()
+
+
+def test_scripts_that_redis_forgot_are_sent_again(settings: Settings, ask: Ask, redis: Any) -> None:
+    """SCRIPT FLUSH in the middle of traffic costs nothing."""
+    admission = Admission(settings)
+    stop = threading.Event()
+
+    def flush() -> None:
+        while not stop.wait(0.005):
+            redis.script_flush()
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    try:
+        for _ in range(30):
+            admission.settle(permit(admission, ask()), DONE)
+    finally:
+        stop.set()
+        thread.join()
+        admission.close()
+    assert stats(redis, settings)["calls"] == 30

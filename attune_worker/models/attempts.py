@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 
 from attune_worker.errors import ProviderError
-from attune_worker.jobs import Attempt, Job
+from attune_worker.jobs import Attempt, Decision, Job
 from attune_worker.models.pricing import cost
 from attune_worker.models.registry import ModelInfo
 from attune_worker.providers.base import Answer, Endpoint
@@ -18,7 +18,13 @@ TELLING_CHARACTERS = 5
 """A prompt shorter than this gives nothing away."""
 
 
-def attempt_of(model: ModelInfo, outcome: Answer | ProviderError, latency_ms: int) -> Attempt:
+def attempt_of(
+    model: ModelInfo,
+    outcome: Answer | ProviderError,
+    latency_ms: int,
+    call_id: str | None = None,
+    decision: Decision | None = None,
+) -> Attempt:
     """Return the record of a call that ended so, after ``latency_ms``."""
     if isinstance(outcome, ProviderError):
         return Attempt(
@@ -31,6 +37,8 @@ def attempt_of(model: ModelInfo, outcome: Answer | ProviderError, latency_ms: in
             cost_usd=None if outcome.may_have_cost else Decimal(0),
             status=outcome.status,
             request_id=outcome.request_id,
+            call_id=call_id,
+            decision=decision,
         )
     return Attempt(
         model_id=model.id,
@@ -40,6 +48,8 @@ def attempt_of(model: ModelInfo, outcome: Answer | ProviderError, latency_ms: in
         latency_ms=latency_ms,
         cost_usd=cost(model, outcome.usage) if outcome.usage is not None else None,
         request_id=outcome.request_id,
+        call_id=call_id,
+        decision=decision,
     )
 
 

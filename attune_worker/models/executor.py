@@ -1,36 +1,31 @@
-"""How does one job become one answer? Choose a model, call it, and go on to the next one when it fails.
+"""How is an LLM job answered from Python? One object that routes, calls, settles, and falls back.
 
-The way is written once, as a generator that asks for effects (send this, wait that long) and is told
-their outcome. ``run`` performs the effects in the calling thread, ``arun`` on an event loop.
+``models/flow.py`` says what happens; here it is driven, by a thread or by an event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import logging
-import random
 import time
-from collections.abc import Generator
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from pydantic import JsonValue
 
-from attune_worker.errors import DeadlineExceededError, ProviderError
+from attune_worker.errors import ProviderError
 from attune_worker.jobs import Attempt, Job, ModelTier, Usage, total_cost
-from attune_worker.models.attempts import attempt_of, located
-from attune_worker.models.policy import Failure, next_call
-from attune_worker.models.pricing import cost, worst_case_cost
-from attune_worker.models.registry import ModelInfo, Registry
-from attune_worker.models.routing import candidates, estimate_tokens, must_serve, output_limit
-from attune_worker.providers import adapter
-from attune_worker.providers.base import Answer, ChatRequest, Endpoint, HttpRequest, HttpResponse
+from attune_worker.models.adaptive import AdaptiveModelRouter
+from attune_worker.models.admission import Admission, Permit, Refusal, Request
+from attune_worker.models.flow import Admit, Caller, Effect, Reply, Send, Settle, Start, Wait
+from attune_worker.models.pricing import cost
+from attune_worker.models.registry import Registry
+from attune_worker.providers.base import Answer
 from attune_worker.providers.http import HttpSender
 from attune_worker.settings import Settings, get_settings
-
-logger = logging.getLogger(__name__)
 
 _OVERRIDES = {
     "workflow": "workflow_name",
@@ -83,41 +78,23 @@ class LLMResponse:
     metadata: dict[str, JsonValue] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Effect: send the request; answered with the response, or the error that came instead."""
-
-    request: HttpRequest
-    timeout_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Effect: let that much time pass."""
-
-    seconds: float
-
-
-Flow = Generator[Send | Wait, HttpResponse | ProviderError | None, LLMResponse]
-
-
 class EmpathyLLMExecutor:
     """Routes a request to a model and calls its provider, with fallback; safe for use from many threads.
 
-    ``run`` and ``arun`` raise ``InvalidJobError`` for a request that makes no sense,
-    ``NoCandidateError`` when no model may serve it, ``DeadlineExceededError`` when its time is up, and
-    the last ``ProviderError`` when every attempt failed; each carries the ``attempts`` made.
+    It shares breaker, limits, budgets and what it learns with the whole fleet through Redis; while Redis is
+    away it goes by what this process has seen. ``run`` and ``arun`` wait where a model has to be left alone
+    for a while. They raise ``InvalidJobError`` for a request that makes no sense, ``NoCandidateError`` when no
+    model may serve it, ``BudgetExceededError`` when a hard budget has no room, ``DeadlineExceededError`` when
+    its time is up, and the last ``ProviderError`` when every attempt failed; each carries the ``attempts`` made.
     """
 
     def __init__(self, settings: Settings | None = None, registry: Registry | None = None) -> None:
         self.settings = settings or get_settings()
         self.registry = registry or Registry.from_settings(self.settings)
+        self.router = AdaptiveModelRouter(self.settings, self.registry)
         self._sender = HttpSender(self.settings.http)
-        self._endpoints = {
-            name: Endpoint(name, provider.base_url, provider.key())
-            for name, provider in self.settings.providers.items()
-            if provider.usable()
-        }
+        self._admission = Admission(self.settings)
+        self._caller = Caller(self.settings, self.registry, self.router, self._admission.settle_later)
 
     def run(
         self,
@@ -141,142 +118,107 @@ class EmpathyLLMExecutor:
     ) -> LLMResponse:
         """Answer as ``run`` does, without blocking the event loop."""
         job = _job(task_type, prompt, system, context, options)
-        flow = self._flow(job, _time_for(job, context))
-        outcome: HttpResponse | ProviderError | None = None
-        while True:
-            try:
-                effect = flow.send(outcome)
-            except StopIteration as end:
-                response: LLMResponse = end.value
-                return response
-            outcome = None
-            if isinstance(effect, Wait):
-                await asyncio.sleep(effect.seconds)
-                continue
-            try:
-                outcome = await self._sender.asend(effect.request, effect.timeout_seconds)
-            except ProviderError as error:
-                outcome = error
+        flow = self._caller.flow(Start(job, timeout_seconds=_time_for(job, context)))
+        try:
+            effect = await asyncio.to_thread(flow.send, None)  # the first look at a stage reads Redis
+            while True:
+                effect = flow.send(await self._aperform(effect))
+        except StopIteration as end:
+            return _response(job, *end.value)
+        finally:
+            flow.close()  # a task that is cancelled leaves no call unsettled
 
-    def execute(self, job: Job, timeout_seconds: float | None = None) -> LLMResponse:
-        """Answer ``job`` within ``timeout_seconds``, or within the configured time if that is shorter."""
-        flow = self._flow(job, timeout_seconds)
-        outcome: HttpResponse | ProviderError | None = None
-        while True:
-            try:
-                effect = flow.send(outcome)
-            except StopIteration as end:
-                response: LLMResponse = end.value
-                return response
-            outcome = None
-            if isinstance(effect, Wait):
-                time.sleep(effect.seconds)
-                continue
-            try:
-                outcome = self._sender.send(effect.request, effect.timeout_seconds)
-            except ProviderError as error:
-                outcome = error
+    def execute(
+        self,
+        job: Job,
+        timeout_seconds: float | None = None,
+        *,
+        job_id: str = "",
+        attempts: Sequence[Attempt] = (),
+        patience_seconds: float | None = None,
+    ) -> LLMResponse:
+        """Answer ``job`` within ``timeout_seconds``, or within the configured time if that is shorter.
+
+        ``attempts`` were made in earlier starts of the job. With ``patience_seconds``, ``NotNowError`` is raised
+        instead of a longer wait.
+        """
+        flow = self._caller.flow(Start(job, job_id, timeout_seconds, tuple(attempts), patience_seconds))
+        reply: Reply = None
+        try:
+            while True:
+                reply = self._perform(flow.send(reply))
+        except StopIteration as end:
+            return _response(job, *end.value)
+        finally:
+            flow.close()
 
     def get_model_for_task(self, task_type: str) -> str:
         """Return the id of the model that would be asked first."""
-        return self._candidates(Job(task_type=task_type, prompt="?"))[0].id
+        return self._caller.rank(Job(task_type=task_type, prompt="?")).models[0].id
 
     def estimate_cost(self, task_type: str, input_tokens: int, output_tokens: int) -> Decimal | None:
         """Return what a call of that size would cost in USD on the model asked first; None: price unknown."""
-        model = self._candidates(Job(task_type=task_type, prompt="?"))[0]
+        model = self._caller.rank(Job(task_type=task_type, prompt="?")).models[0]
         return cost(model, Usage(input_tokens=input_tokens, output_tokens=output_tokens))
 
-    def _candidates(self, job: Job) -> tuple[ModelInfo, ...]:
-        found = candidates(
-            job, self.registry, self.settings.default_max_tokens, lambda model: self._obstacle(job, model)
-        )
-        return must_serve(found)
+    def close(self) -> None:
+        """Write down what Redis has not been told yet, and give connections back."""
+        self._admission.close()
+        self.router.close()
 
-    def _obstacle(self, job: Job, model: ModelInfo) -> str | None:
-        if model.provider not in self._endpoints:
-            secret = self.settings.providers[model.provider].api_key
-            source = secret.get_secret_value() if secret else ""
-            return (
-                f"has no API key (set {source.removeprefix('env:')})" if source.startswith("env:") else "has no API key"
-            )
-        kind = self.settings.providers[model.provider].kind
-        return adapter(kind).misfit(job.temperature, job.stop) or self._too_dear(job, model, Decimal(0))
+    def __enter__(self) -> Self:
+        return self
 
-    def _too_dear(self, job: Job, model: ModelInfo, spent: Decimal) -> str | None:
-        """Say why a call could take the job over its ``max_cost`` when ``spent`` USD are gone already, or None."""
-        if job.max_cost is None:
-            return None
-        worst = self._worst_case(job, model)
-        if worst is None:
-            return "its price is unknown, so max_cost cannot be kept"
-        return f"may cost ${worst:f}, over max_cost" if spent + worst > job.max_cost else None
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
-    def _worst_case(self, job: Job, model: ModelInfo) -> Decimal | None:
-        tokens = estimate_tokens(job.text_bytes)
-        return worst_case_cost(model, tokens, output_limit(job, model, self.settings.default_max_tokens))
+    def _perform(self, effect: Effect) -> Reply:
+        match effect:
+            case Admit(request):
+                return self._admission.admit(request)
+            case Send(request, timeout_seconds):
+                try:
+                    return self._sender.send(request, timeout_seconds)
+                except ProviderError as error:
+                    return error
+            case Settle(permit, outcome):
+                self._admission.settle(permit, outcome)
+            case Wait(seconds):
+                time.sleep(seconds)
+        return None
 
-    def _flow(self, job: Job, timeout_seconds: float | None) -> Flow:
-        ends = time.monotonic() + (_shortest(timeout_seconds, self.settings.timeout_seconds) or 0)
-        models = self._candidates(job)
-        failures: list[Failure] = []
-        attempts: list[Attempt] = []
-        spent = Decimal(0)
-        while True:
-            remaining = ends - time.monotonic()
-            step = next_call(models, failures, self.settings.retry, remaining, random.random, time.monotonic())
-            if step is None and (remaining > 0 or not failures[-1].error.retryable):
-                raise _with_attempts(failures[-1].error, attempts)
-            if step is not None and step.wait_seconds:
-                yield Wait(step.wait_seconds)
-            remaining = ends - time.monotonic()
-            if step is None or remaining <= 0:
-                raise DeadlineExceededError("the time for this job was up before an answer came", attempts=attempts)
-            outcome, attempt = yield from self._call(job, step.model, remaining)
-            attempts.append(attempt)
-            if isinstance(outcome, Answer):
-                return _response(job, outcome, attempts)
-            logger.debug("%s on %s failed: %s", job.task_type, step.model.ref, outcome.type)
-            failures.append(Failure(step.model, outcome, time.monotonic()))
-            spent += (self._worst_case(job, step.model) or 0) if attempt.cost_usd is None else attempt.cost_usd
-            models = tuple(model for model in models if self._too_dear(job, model, spent) is None)
+    async def _aperform(self, effect: Effect) -> Reply:
+        match effect:
+            case Admit(request):
+                return await self._aadmit(request)
+            case Send(request, timeout_seconds):
+                try:
+                    return await self._sender.asend(request, timeout_seconds)
+                except ProviderError as error:
+                    return error
+            case Wait(seconds):
+                await asyncio.sleep(seconds)
+                return None
+        return await asyncio.to_thread(self._perform, effect)
 
-    def _call(
-        self, job: Job, model: ModelInfo, remaining_seconds: float
-    ) -> Generator[Send, HttpResponse | ProviderError | None, tuple[Answer | ProviderError, Attempt]]:
-        provider = adapter(self.settings.providers[model.provider].kind)
-        endpoint = self._endpoints[model.provider]
-        request = provider.build(endpoint, self._chat(job, model))
-        started = time.monotonic()
-        reply = yield Send(request, min(self.settings.http.request_timeout_seconds, remaining_seconds))
-        latency_ms = round((time.monotonic() - started) * 1000)
-        outcome: Answer | ProviderError
-        if isinstance(reply, HttpResponse):
-            try:
-                outcome = provider.parse(reply) if 200 <= reply.status < 300 else provider.failure(reply)
-            except ProviderError as error:
-                outcome = error
-        else:
-            assert reply is not None  # noqa: S101  # the drivers answer every Send
-            outcome = reply
-        if isinstance(outcome, ProviderError):
-            outcome = located(outcome, job, endpoint, model)
-        return outcome, attempt_of(model, outcome, latency_ms)
+    async def _aadmit(self, request: Request) -> Permit | Refusal:
+        verdict: Future[Permit | Refusal] = Future()
 
-    def _chat(self, job: Job, model: ModelInfo) -> ChatRequest:
-        return ChatRequest(
-            model_id=model.id,
-            messages=job.turns,
-            max_tokens=output_limit(job, model, self.settings.default_max_tokens),
-            system=job.system,
-            temperature=job.temperature,
-            stop=job.stop,
-            end_user=self._opaque(job.user_id) if job.user_id else None,
-            session=self._opaque(job.session_id) if job.session_id else None,
-        )
+        def ask() -> Permit | Refusal:
+            verdict.set_result(self._admission.admit(request))
+            return verdict.result()
 
-    def _opaque(self, name: str) -> str:
-        secret = f"{self.settings.namespace}\0{self.settings.user_hash_key.get_secret_value()}".encode()
-        return hashlib.blake2b(name.encode(), key=hashlib.sha256(secret).digest(), digest_size=16).hexdigest()
+        try:
+            return await asyncio.to_thread(ask)
+        except asyncio.CancelledError:  # the thread goes on, and nobody would make the call that it gets leave for
+            verdict.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, verdict: Future[Permit | Refusal]) -> None:
+        if isinstance(permit := verdict.result(), Permit):
+            self._admission.give_back(permit)
 
 
 def _job(
@@ -301,7 +243,7 @@ def _shortest(*seconds: float | None) -> float | None:
     return min((value for value in seconds if value is not None), default=None)
 
 
-def _response(job: Job, answer: Answer, attempts: list[Attempt]) -> LLMResponse:
+def _response(job: Job, answer: Answer, attempts: Sequence[Attempt]) -> LLMResponse:
     last = attempts[-1]
     return LLMResponse(
         content=answer.content,
@@ -316,8 +258,3 @@ def _response(job: Job, answer: Answer, attempts: list[Attempt]) -> LLMResponse:
         request_id=answer.request_id,
         metadata=job.metadata,
     )
-
-
-def _with_attempts(error: ProviderError, attempts: list[Attempt]) -> ProviderError:
-    error.attempts = tuple(attempts)
-    return error

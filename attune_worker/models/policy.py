@@ -6,11 +6,13 @@ over all models; no other layer repeats a call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attune_worker.errors import BadRequestError, ContextTooLongError, CredentialError, ProviderError, RateLimitedError
-from attune_worker.models.registry import ModelInfo
+from attune_worker.jobs import Attempt
+from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.sections import RetrySettings
 
 
@@ -25,10 +27,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class NextCall:
-    """Call ``model``, after waiting ``wait_seconds``."""
+    """Call ``model``, after waiting ``wait_seconds``; where the fleet leaves it alone then, one ``instead`` of it."""
 
     model: ModelInfo
     wait_seconds: float = 0.0
+    instead: tuple[ModelInfo, ...] = ()
 
 
 def next_call(
@@ -46,7 +49,7 @@ def next_call(
     and a wait that would outlast ``remaining_seconds`` is never begun.
     """
     if not failures:
-        return NextCall(candidates[0]) if candidates else None
+        return NextCall(candidates[0], instead=tuple(candidates[1:])) if candidates else None
     last = failures[-1]
     if len(failures) >= settings.max_attempts or isinstance(last.error, BadRequestError):
         return None
@@ -56,9 +59,28 @@ def next_call(
     if not in_time:
         return None
     if last.model in in_time and not isinstance(last.error, RateLimitedError):
-        return NextCall(last.model, waits[last.model])
-    soonest = min(in_time, key=lambda model: (waits[model], _tries(model, failures)))
-    return NextCall(soonest, waits[soonest])
+        chosen = last.model
+    else:
+        chosen = min(in_time, key=lambda model: (waits[model], _tries(model, failures)))
+    others = (model for model in in_time if model != chosen and waits[model] <= waits[chosen])
+    return NextCall(chosen, waits[chosen], tuple(others))
+
+
+def seen_before(attempt: Attempt, registry: Registry) -> Failure:
+    """Return the failure that an attempt of an earlier start was; what had to be waited for it has been waited."""
+    kind = _ERRORS.get(attempt.error_type or "", ProviderError)
+    error = kind(
+        f"{attempt.provider}/{attempt.model_id}: failed in an earlier start ({attempt.error_type})",
+        provider=attempt.provider,
+        model_id=attempt.model_id,
+        status=attempt.status,
+    )
+    known = registry.find(f"{attempt.provider}/{attempt.model_id}")
+    model = known[0] if known else ModelInfo(attempt.model_id, attempt.provider, attempt.tier)
+    return Failure(model, error, at_seconds=-math.inf)
+
+
+_ERRORS: dict[str, type[ProviderError]] = {kind.type: kind for kind in ProviderError.__subclasses__()}
 
 
 def _may_serve(model: ModelInfo, failures: Sequence[Failure], settings: RetrySettings) -> bool:

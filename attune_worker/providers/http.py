@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import httpcore
@@ -77,7 +77,7 @@ class HttpSender:
             "pool": timeout_seconds,
         }
         return httpx.Request(
-            "POST", request.url, headers=request.headers, content=request.body, extensions={"timeout": timeout}
+            "POST", _parsed(request.url), headers=request.headers, content=request.body, extensions={"timeout": timeout}
         )
 
     def _check(self, size: int) -> None:
@@ -146,6 +146,11 @@ class _Stream(httpcore.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
+
+
+@lru_cache(maxsize=256)  # a process calls a few; httpx takes as long for each as for the headers
+def _parsed(url: str) -> httpx.URL:
+    return httpx.URL(url)
 
 
 @contextmanager

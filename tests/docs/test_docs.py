@@ -15,11 +15,24 @@ from attune_worker import Attempt, AttuneError, Job, JobResult, JobStatus, Setti
 from attune_worker.cli import attune
 from attune_worker.jobs import JobError
 from attune_worker.models.registry import Registry
+from attune_worker.sections import (
+    BreakerSettings,
+    BudgetSettings,
+    HttpSettings,
+    LimitSettings,
+    ModelSettings,
+    ProviderSettings,
+    RetrySettings,
+    RoutingSettings,
+    Section,
+)
+from attune_worker.store import keys
 from tests.examples.stack import EXAMPLES, PATIENCE_SECONDS, ROOT, Stack, running_stack
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+KEY = re.compile(r"^(\w+) +(\w+) +(``.+``)(?:  .*)?$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
@@ -82,6 +95,23 @@ def test_the_python_of_a_page_runs(stack, page):
     assert done.returncode == 0, done.stdout
 
 
+def test_the_example_of_feedback_moves_its_jobs(stack):
+    """Jobs whose answers are judged go to a cheaper model once it has shown that it will do."""
+    command = [sys.executable, str(EXAMPLES / "feedback.py"), "600"]
+    done = subprocess.run(
+        command,
+        cwd=stack.folder,
+        env=stack.environ,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=True,
+    )
+    first, *_, last = done.stdout.splitlines()
+    assert "claude-sonnet" in first
+    assert "claude-haiku" in last
+
+
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)
 def test_every_configuration_loads(block, tmp_path):
     """Each TOML block is an attune.toml without an unknown key, and its models can be laid over the catalog."""
@@ -140,15 +170,15 @@ def test_environment_variables_in_the_pages_are_settings():
     assert {name.partition("__")[0] for name in named} <= known
 
 
-def section(title: str) -> str:
-    """Return the text of a section of the reference page, up to the next heading."""
-    text = (DOCS / "reference/jobs.md").read_text()
+def section(title: str, page: str = "jobs") -> str:
+    """Return the text of a section of a reference page, up to the next heading."""
+    text = (DOCS / f"reference/{page}.md").read_text()
     return re.split(r"^#+ ", text.partition(f"# {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def listed(title: str) -> list[str]:
+def listed(title: str, page: str = "jobs") -> list[str]:
     """Return the names in the first column of a section's table."""
-    rows = [line for line in section(title).splitlines() if line.startswith("| `")]
+    rows = [line for line in section(title, page).splitlines() if line.startswith("| `")]
     return [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
 
 
@@ -185,3 +215,60 @@ def test_the_reference_has_every_task_type_in_its_tier():
     rows = [line for line in section("Task types").splitlines() if re.match(r"\| (cheap|capable|premium) ", line)]
     tiers = {name: row.split("|")[1].strip() for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[2])}
     assert tiers == {task: get_tier_for_task(task).value for task in TaskType}
+
+
+SECTIONS: dict[str, type[Section] | type[Settings]] = {
+    "General": Settings,
+    "providers": ProviderSettings,
+    "models": ModelSettings,
+    "retry": RetrySettings,
+    "http": HttpSettings,
+    "breaker": BreakerSettings,
+    "limits": LimitSettings,
+    "routing": RoutingSettings,
+    "budgets": BudgetSettings,
+}
+
+
+@pytest.mark.parametrize(("title", "model"), SECTIONS.items(), ids=SECTIONS)
+def test_the_reference_has_every_setting_and_no_other(title, model):
+    """A setting that is added, renamed or dropped shows in the reference."""
+    assert sorted(listed(title, "settings")) == sorted(model.model_fields)
+
+
+@pytest.mark.parametrize(("title", "model"), SECTIONS.items(), ids=SECTIONS)
+def test_the_reference_has_the_defaults_of_the_settings(title, model):
+    """Numbers, switches and what is required are those of the code; a default of None reads none."""
+
+    def shown(name: str) -> str | None:
+        field = model.model_fields[name]
+        if field.is_required():
+            return "required"
+        if isinstance(field.default, bool):
+            return f"`{field.default}`".lower()
+        if isinstance(field.default, int | float):
+            return f"`{field.default:.10g}`"
+        return "none" if field.default is None else None
+
+    rows = [line.split("|") for line in section(title, "settings").splitlines() if line.startswith("| `")]
+    defaults = {cells[1].strip(" `"): cells[2].strip() for cells in rows}
+    expected = {name: text for name in model.model_fields if (text := shown(name)) is not None}
+    assert {name: defaults.get(name) for name in expected} == expected
+
+
+def test_every_table_of_the_settings_is_in_the_reference():
+    """No section of attune.toml is left out of the tests above."""
+    assert {name for name in Section.__subclasses__() if name.__module__ == Section.__module__} <= set(
+        SECTIONS.values()
+    )
+
+
+def test_the_reference_has_every_key_of_redis_and_no_other():
+    """The page's keys, with type and name, are those that the code lists where it makes them."""
+    coded = {(key, kind, names.replace("``", "`")) for key, kind, names in KEY.findall(keys.__doc__ or "")}
+    rows = (DOCS / "reference/redis-keys.md").read_text().splitlines()
+    told = {
+        tuple(cell.strip() for cell in row.split("|")[1:4]) for row in rows if row.count("`{") > 0 and row[0] == "|"
+    }
+    assert coded == told
+    assert len(coded) > 10

@@ -15,9 +15,9 @@ from attune_worker.errors import (
     ProviderTimeoutError,
     RateLimitedError,
 )
-from attune_worker.jobs import ModelTier
-from attune_worker.models.policy import Failure, NextCall, next_call
-from attune_worker.models.registry import ModelInfo
+from attune_worker.jobs import Attempt, ModelTier
+from attune_worker.models.policy import Failure, NextCall, next_call, seen_before
+from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.sections import RetrySettings
 
 
@@ -43,12 +43,54 @@ def decide(
     remaining: float = 1000.0,
     random: Callable[[], float] = lambda: 1.0,
 ) -> NextCall | None:
-    return next_call(candidates, failures, settings, remaining, random)
+    return alone(next_call(candidates, failures, settings, remaining, random))
+
+
+def alone(step: NextCall | None) -> NextCall | None:
+    """The next call without what may stand in for it."""
+    return step and NextCall(step.model, step.wait_seconds)
 
 
 def test_first_call_is_the_first_choice_at_once() -> None:
     """Nothing has happened yet, so nothing is waited for."""
     assert decide([A1, B1], []) == NextCall(A1, 0)
+
+
+def test_the_other_candidates_stand_in_for_the_first_one() -> None:
+    """Where the fleet leaves the first choice alone, the next one is called and nothing is waited for."""
+    step = next_call([A1, B1, C1], [], SETTINGS, 1000.0, lambda: 1.0)
+    assert step == NextCall(A1, 0.0, (B1, C1))
+
+
+def test_only_who_is_ready_by_then_stands_in() -> None:
+    """A model in a longer backoff than the chosen one, or out of tries, is nobody's substitute."""
+    failures = [Failure(A1, RateLimitedError("x", retry_after=60.0)), Failure(B1, OverloadedError("x"))]
+    step = next_call([A1, A2, B1, C1], failures, SETTINGS, 1000.0, lambda: 1.0)
+    assert step == NextCall(B1, 1.0, (A2, C1))
+
+
+def test_an_attempt_of_an_earlier_start_counts_like_any_failure() -> None:
+    """The budget of attempts spans all starts of a job, and what was waited for is not waited for again."""
+    registry = Registry([A1, B1])
+    attempts = [
+        Attempt(model_id="1", provider="a", tier=ModelTier.CHEAP, outcome="failed", error_type=kind.type, latency_ms=1)
+        for kind in (OverloadedError, OverloadedError, CredentialError)
+    ]
+    failures = [seen_before(attempt, registry) for attempt in attempts]
+    assert [type(failure.error) for failure in failures] == [OverloadedError, OverloadedError, CredentialError]
+    assert decide([A1, B1], failures[:1]) == NextCall(A1, 0.0)
+    assert decide([A1, B1], failures[:2]) == NextCall(B1, 0.0)
+    assert decide([A1, A2, B1], failures[2:]) == NextCall(B1, 0.0)
+
+
+def test_an_attempt_on_a_model_that_is_gone_is_still_an_attempt() -> None:
+    """The configuration may have changed since; the budget has not."""
+    attempt = Attempt(
+        model_id="gone", provider="nobody", tier=ModelTier.CHEAP, outcome="failed", error_type="odd", latency_ms=1
+    )
+    failure = seen_before(attempt, Registry([A1]))
+    assert failure.model.ref == "nobody/gone"
+    assert decide([A1], [failure] * 4) is None
 
 
 @pytest.mark.parametrize("kind", TRANSIENT)
@@ -193,5 +235,5 @@ def test_a_model_is_not_called_before_the_time_its_provider_asked_for() -> None:
         Failure(second, RateLimitedError("x", retry_after=5), at_seconds=101),
     ]
     settings = RetrySettings()
-    assert next_call([first, second], failures, settings, 300, lambda: 0.5, 102) == NextCall(second, 4)
+    assert alone(next_call([first, second], failures, settings, 300, lambda: 0.5, 102)) == NextCall(second, 4)
     assert next_call([first, second], failures, settings, 3, lambda: 0.5, 102) is None

@@ -1,0 +1,313 @@
+"""What happens between a job and its answer? Rank the models, ask leave, call, settle, and go on when it failed.
+
+The way is written once, as a generator that asks for effects (admit this call, send this, settle that,
+wait that long) and is told their outcome. Whoever drives it performs them: in a thread, or on an event loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from uuid import uuid4
+
+from attune_worker.errors import (
+    BudgetExceededError,
+    DeadlineExceededError,
+    ExecutionError,
+    NotNowError,
+    ProviderError,
+)
+from attune_worker.jobs import Attempt, Decision, Job
+from attune_worker.models.adaptive import AdaptiveModelRouter, Ranking
+from attune_worker.models.admission import Outcome, Permit, Quote, Refusal, Request
+from attune_worker.models.attempts import attempt_of, located
+from attune_worker.models.policy import Failure, NextCall, next_call, seen_before
+from attune_worker.models.pricing import worst_case_cost
+from attune_worker.models.registry import ModelInfo, Registry
+from attune_worker.models.routing import Candidates, candidates, estimate_tokens, must_serve, output_limit
+from attune_worker.providers import adapter
+from attune_worker.providers.base import Answer, ChatRequest, Endpoint, HttpRequest, HttpResponse, Provider
+from attune_worker.providers.rate_headers import observed
+from attune_worker.sections import ProviderSettings
+from attune_worker.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+ADMITTED_TOGETHER = 4
+"""How many candidates one ADMIT may choose from: the first one and its nearest fallbacks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Effect: ask leave for a call; answered with a ``Permit`` or a ``Refusal``."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Effect: send the request; answered with the response, or the error that came instead."""
+
+    request: HttpRequest
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Effect: write down what a call did."""
+
+    permit: Permit
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Effect: let that much time pass."""
+
+    seconds: float
+
+
+Effect = Admit | Send | Settle | Wait
+Reply = HttpResponse | ProviderError | Permit | Refusal | None
+Flow = Generator[Effect, Reply, tuple[Answer, tuple[Attempt, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of a job.
+
+    ``attempts`` were made in earlier starts. ``timeout_seconds`` is left until the job's deadline (None: it has
+    none). With ``patience_seconds`` a longer wait ends the start with ``NotNowError``, as does one that would
+    outlast the start; without, the flow waits as long as its time allows.
+    """
+
+    job: Job
+    job_id: str = ""
+    timeout_seconds: float | None = None
+    attempts: tuple[Attempt, ...] = ()
+    patience_seconds: float | None = None
+
+
+class Caller:
+    """Makes the flows of one executor; holds nothing that changes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        router: AdaptiveModelRouter,
+        abandon: Callable[[Permit, Outcome], None],
+    ) -> None:
+        """``abandon`` settles, without blocking, a call that was broken off in the middle."""
+        self.settings = settings
+        self.registry = registry
+        self._router = router
+        self._abandon = abandon
+        self._endpoints = {
+            name: Endpoint(name, provider.base_url, provider.key())
+            for name, provider in settings.providers.items()
+            if provider.usable()
+        }
+        self._keyless = {
+            name: _keyless(provider) for name, provider in settings.providers.items() if name not in self._endpoints
+        }
+
+    def candidates(self, job: Job) -> Candidates:
+        """Return the models that may serve ``job``, in static order, and why the others may not."""
+        return candidates(
+            job, self.registry, self.settings.default_max_tokens, lambda model: self._obstacle(job, model)
+        )
+
+    def rank(self, job: Job, random: Callable[[], float] | None = None) -> Ranking:
+        """Return the models in the order in which they are asked, raising ``NoCandidateError`` if there is none.
+
+        Without ``random`` no model is explored.
+        """
+        found = self.candidates(job)
+        must_serve(found)
+        return self._router.rank(job, found, random)
+
+    def flow(self, start: Start) -> Flow:
+        """Return the flow of one start of a job, which returns the answer and all attempts."""
+        job, attempts = start.job, list(start.attempts)
+        now = time.monotonic()
+        deadline = math.inf if start.timeout_seconds is None else now + start.timeout_seconds
+        ends = min(deadline, now + self.settings.timeout_seconds)
+        ranking = self.rank(job, random.random)
+        decision: Decision | None = ranking.decision
+        failures = [seen_before(attempt, self.registry) for attempt in attempts]
+        spent = sum((self._spent(job, attempt) for attempt in attempts), Decimal(0))
+        models = self._affordable(job, ranking.models, spent)
+        while True:
+            waits_until = ends if start.patience_seconds is None else deadline
+            step = self._next(models, failures, waits_until)
+            if step is None:
+                raise _given_up(failures, attempts, time.monotonic() < waits_until)
+            yield from _pause(step.wait_seconds, ends, start, attempts, f"{step.model.ref} failed before")
+            if time.monotonic() >= ends:
+                raise DeadlineExceededError("the time for this job was up before an answer came", attempts=attempts)
+            verdict = yield Admit(self._request(start, (step.model, *step.instead)))
+            if isinstance(verdict, Refusal):
+                if verdict.for_budget:
+                    raise BudgetExceededError(
+                        verdict.reason, attempts=attempts, retry_after=verdict.retry_after_seconds
+                    )
+                yield from _pause(verdict.retry_after_seconds, ends, start, attempts, verdict.reason)
+                continue
+            assert isinstance(verdict, Permit)  # noqa: S101  # the drivers answer every Admit
+            outcome, attempt = yield from self._call(job, verdict, ends - time.monotonic(), decision)
+            decision = None
+            attempts.append(attempt)
+            if isinstance(outcome, Answer):
+                return outcome, tuple(attempts)
+            logger.debug("%s on %s failed: %s", job.task_type, verdict.model.ref, outcome.type)
+            failures.append(Failure(verdict.model, outcome, time.monotonic()))
+            spent += self._spent(job, attempt)
+            models = self._affordable(job, models, spent)
+
+    def _next(self, models: Sequence[ModelInfo], failures: Sequence[Failure], until: float) -> NextCall | None:
+        now = time.monotonic()
+        return next_call(models, failures, self.settings.retry, until - now, random.random, now)
+
+    def _affordable(self, job: Job, models: Sequence[ModelInfo], spent: Decimal) -> tuple[ModelInfo, ...]:
+        return tuple(model for model in models if not spent or self._too_dear(job, model, spent) is None)
+
+    def _obstacle(self, job: Job, model: ModelInfo) -> str | None:
+        if model.provider in self._keyless:
+            return self._keyless[model.provider]
+        kind = self.settings.providers[model.provider].kind
+        return adapter(kind).misfit(job.temperature, job.stop) or self._too_dear(job, model, Decimal(0))
+
+    def _too_dear(self, job: Job, model: ModelInfo, spent: Decimal) -> str | None:
+        """Say why a call could take the job over its ``max_cost`` when ``spent`` USD are gone already, or None."""
+        if job.max_cost is None:
+            return None
+        worst = self._worst_case(job, model)
+        if worst is None:
+            return "its price is unknown, so max_cost cannot be kept"
+        return f"may cost ${worst:f}, over max_cost" if spent + worst > job.max_cost else None
+
+    def _spent(self, job: Job, attempt: Attempt) -> Decimal:
+        """Return what an attempt cost, at worst where that is not known."""
+        if attempt.cost_usd is not None:
+            return attempt.cost_usd
+        found = self.registry.find(f"{attempt.provider}/{attempt.model_id}")
+        return (self._worst_case(job, found[0]) if found else None) or Decimal(0)
+
+    def _worst_case(self, job: Job, model: ModelInfo) -> Decimal | None:
+        tokens = estimate_tokens(job.text_bytes)
+        return worst_case_cost(model, tokens, output_limit(job, model, self.settings.default_max_tokens))
+
+    def _request(self, start: Start, models: Sequence[ModelInfo]) -> Request:
+        job = start.job
+        prompt = estimate_tokens(job.text_bytes)
+        return Request(
+            call_id=uuid4().hex,
+            job_id=start.job_id,
+            job=job,
+            quotes=tuple(
+                Quote(
+                    model,
+                    prompt + output_limit(job, model, self.settings.default_max_tokens),
+                    self._worst_case(job, model),
+                )
+                for model in models[:ADMITTED_TOGETHER]
+            ),
+        )
+
+    def _call(
+        self, job: Job, permit: Permit, remaining_seconds: float, decision: Decision | None
+    ) -> Generator[Effect, Reply, tuple[Answer | ProviderError, Attempt]]:
+        model = permit.model
+        provider = adapter(self.settings.providers[model.provider].kind)
+        endpoint = self._endpoints[model.provider]
+        started = time.monotonic()
+        ended = Outcome.released()
+        try:  # whatever breaks it off (cancelled, interrupted, the generator closed), what was taken is settled
+            request = provider.build(endpoint, self._chat(job, model))
+            ended = Outcome.abandoned(0)
+            timeout_seconds = max(0.001, min(self.settings.http.request_timeout_seconds, remaining_seconds))
+            reply = yield Send(request, timeout_seconds)
+            outcome, latency_ms = self._outcome(provider, reply), _elapsed_ms(started)
+        except BaseException:
+            self._abandon(permit, replace(ended, latency_ms=_elapsed_ms(started)))
+            raise
+        headers = observed(reply.headers, datetime.now(UTC)) if isinstance(reply, HttpResponse) else None
+        if isinstance(outcome, ProviderError):
+            outcome = located(outcome, job, endpoint, model)
+        attempt = attempt_of(model, outcome, latency_ms, permit.call_id, decision)
+        ended = Outcome.of(outcome, attempt, headers)
+        try:
+            yield Settle(permit, ended)
+        except BaseException:  # written or not: twice counts once
+            self._abandon(permit, ended)
+            raise
+        return outcome, attempt
+
+    @staticmethod
+    def _outcome(provider: Provider, reply: Reply) -> Answer | ProviderError:
+        if not isinstance(reply, HttpResponse):
+            assert isinstance(reply, ProviderError)  # noqa: S101  # the drivers answer every Send
+            return reply
+        try:
+            return provider.parse(reply) if 200 <= reply.status < 300 else provider.failure(reply)
+        except ProviderError as error:
+            return error
+
+    def _chat(self, job: Job, model: ModelInfo) -> ChatRequest:
+        return ChatRequest(
+            model_id=model.id,
+            messages=job.turns,
+            max_tokens=output_limit(job, model, self.settings.default_max_tokens),
+            system=job.system,
+            temperature=job.temperature,
+            stop=job.stop,
+            end_user=self._opaque(job.user_id) if job.user_id else None,
+            session=self._opaque(job.session_id) if job.session_id else None,
+        )
+
+    def _opaque(self, name: str) -> str:
+        secret = f"{self.settings.namespace}\0{self.settings.user_hash_key.get_secret_value()}".encode()
+        return hashlib.blake2b(name.encode(), key=hashlib.sha256(secret).digest(), digest_size=16).hexdigest()
+
+
+def _keyless(provider: ProviderSettings) -> str:
+    source = provider.api_key.get_secret_value() if provider.api_key else ""
+    return f"has no API key (set {source.removeprefix('env:')})" if source.startswith("env:") else "has no API key"
+
+
+def _elapsed_ms(started: float) -> int:
+    return round((time.monotonic() - started) * 1000)
+
+
+def _pause(
+    seconds: float, ends: float, start: Start, attempts: Sequence[Attempt], reason: str
+) -> Generator[Wait, Reply, None]:
+    """Wait, or raise ``NotNowError`` or ``DeadlineExceededError`` where that would take too long."""
+    if seconds <= 0:
+        return
+    too_long = seconds >= ends - time.monotonic()
+    if start.patience_seconds is not None and (too_long or seconds > start.patience_seconds):
+        raise NotNowError(reason, attempts=attempts, retry_after=seconds)
+    if too_long:
+        raise DeadlineExceededError(
+            f"no answer can come in the time for this job: {reason}; earliest in {seconds:.1f} s",
+            attempts=attempts,
+            retry_after=seconds,
+        )
+    yield Wait(seconds)
+
+
+def _given_up(failures: Sequence[Failure], attempts: Sequence[Attempt], in_time: bool) -> ExecutionError:
+    last = failures[-1].error
+    if in_time or not last.retryable:
+        last.attempts = tuple(attempts)
+        return last
+    return DeadlineExceededError("the time for this job was up before an answer came", attempts=attempts)

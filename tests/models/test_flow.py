@@ -1,0 +1,294 @@
+"""What does one start of a job ask for, step by step, and what when it is told no, or broken off? No I/O."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from attune_worker.errors import (
+    BudgetExceededError,
+    DeadlineExceededError,
+    ExecutionError,
+    NotNowError,
+    OverloadedError,
+    ProviderTimeoutError,
+)
+from attune_worker.jobs import Attempt, Job, ModelTier
+from attune_worker.models.adaptive import AdaptiveModelRouter
+from attune_worker.models.admission import Outcome, Permit, Refusal
+from attune_worker.models.flow import ADMITTED_TOGETHER, Admit, Caller, Effect, Flow, Send, Settle, Start, Wait
+from attune_worker.models.registry import Registry
+from attune_worker.providers.base import HttpResponse
+from attune_worker.settings import Settings
+
+JOB = Job.parse({"task_type": "summarize", "prompt": "a prompt"})
+ANSWER = HttpResponse(
+    200,
+    {},
+    json.dumps(
+        {
+            "id": "msg_1",
+            "model": "claude-haiku-5-5",
+            "role": "assistant",
+            "type": "message",
+            "content": [{"type": "text", "text": "an answer"}],
+            "stop_reason": "end_turn",
+            "usage": {"input_tokens": 3, "output_tokens": 2},
+        }
+    ).encode(),
+)
+OVERLOADED = HttpResponse(529, {}, b"{}")
+FAILED = Attempt(
+    model_id="claude-haiku-5-5",
+    provider="anthropic",
+    tier=ModelTier.CHEAP,
+    outcome="failed",
+    error_type="overloaded",
+    latency_ms=1,
+    cost_usd=Decimal("0.25"),
+)
+
+
+class Lab:
+    """Flows of one caller; what was abandoned is kept."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.abandoned: list[tuple[Permit, Outcome]] = []
+        registry = Registry.from_settings(settings)
+        self.router = AdaptiveModelRouter(settings, registry)
+        self._caller = Caller(settings, registry, self.router, lambda *ended: self.abandoned.append(ended))
+
+    def flow(self, job: Job = JOB, **start: Any) -> Flow:
+        return self._caller.flow(Start(job, **start))
+
+
+@pytest.fixture
+def make_lab(settings: Settings) -> Iterator[Callable[..., Lab]]:
+    labs: list[Lab] = []
+
+    def make(**changes: Any) -> Lab:
+        labs.append(Lab(settings.model_copy(update=changes)))
+        return labs[-1]
+
+    yield make
+    for lab in labs:
+        lab.router.close()
+
+
+@pytest.fixture
+def lab(make_lab: Callable[..., Lab]) -> Lab:
+    return make_lab()
+
+
+def permit(effect: Effect, place: int = 0) -> Permit:
+    assert isinstance(effect, Admit), effect
+    request = effect.request
+    return Permit(request.call_id, request.job, request.quotes[place], (), 1_795_392_000_000)
+
+
+def error_of(flow: Flow, reply: Any) -> ExecutionError:
+    with pytest.raises(ExecutionError) as caught:
+        flow.send(reply)
+    return caught.value
+
+
+def test_admit_send_settle_in_this_order(lab: Lab) -> None:
+    """Leave before the call, and what it did before the answer is passed on."""
+    flow = lab.flow()
+    taken = permit(flow.send(None))
+    sent = flow.send(taken)
+    assert isinstance(sent, Send)
+    settled = flow.send(ANSWER)
+    assert isinstance(settled, Settle)
+    assert settled.permit is taken
+    assert (settled.outcome.outcome, settled.outcome.input_tokens, settled.outcome.output_tokens) == ("succeeded", 3, 2)
+    with pytest.raises(StopIteration) as end:
+        flow.send(None)
+    answer, attempts = end.value.value
+    assert answer.content == "an answer"
+    assert [attempt.call_id for attempt in attempts] == [taken.call_id]
+    assert lab.abandoned == []
+
+
+def test_candidates_are_offered_together_with_their_worst_case(lab: Lab) -> None:
+    """So that one round trip finds the first that may be called; each with what it could cost at most."""
+    effect = lab.flow().send(None)
+    assert isinstance(effect, Admit)
+    quotes = effect.request.quotes
+    assert 1 < len(quotes) <= ADMITTED_TOGETHER
+    assert len({quote.model for quote in quotes}) == len(quotes)
+    assert all(quote.worst_usd and quote.tokens > JOB.text_bytes // 4 for quote in quotes)
+
+
+def test_call_goes_to_the_model_that_leave_was_given_for(lab: Lab) -> None:
+    """Not to the one that was asked for first."""
+    flow = lab.flow()
+    taken = permit(flow.send(None), 1)
+    sent = flow.send(taken)
+    assert isinstance(sent, Send)
+    assert json.loads(sent.request.body)["model"] == taken.model.id
+
+
+def test_each_retry_asks_for_leave_again_under_a_new_id(lab: Lab) -> None:
+    """A budget or breaker that has room for one call need not have it for two."""
+    flow = lab.flow()
+    first = permit(flow.send(None))
+    flow.send(first)
+    settled = flow.send(OVERLOADED)
+    assert isinstance(settled, Settle)
+    assert (settled.outcome.health, settled.outcome.cost_usd) == ("failure", 0)
+    effect = flow.send(None)
+    while isinstance(effect, Wait):
+        effect = flow.send(None)
+    assert permit(effect).call_id != first.call_id
+
+
+def test_short_refusal_is_waited_for_and_asked_again(lab: Lab) -> None:
+    """As long as it was told to."""
+    flow = lab.flow()
+    permit(flow.send(None))
+    assert flow.send(Refusal("busy", 1.5)) == Wait(1.5)
+    assert isinstance(flow.send(None), Admit)
+
+
+def test_refusal_beyond_patience_puts_the_job_back(lab: Lab) -> None:
+    """With what was tried, why, and when to come again."""
+    flow = lab.flow(patience_seconds=1.0, attempts=(FAILED,))
+    permit(flow.send(None))
+    error = error_of(flow, Refusal("everybody is busy", 30.0))
+    assert isinstance(error, NotNowError)
+    assert (error.message, error.retry_after, error.attempts) == ("everybody is busy", 30.0, (FAILED,))
+
+
+def test_refusal_that_outlasts_the_deadline_ends_the_job_at_once(lab: Lab) -> None:
+    """With the reason and the time at which it could have been; nobody waits for nothing."""
+    flow = lab.flow(timeout_seconds=10.0)
+    permit(flow.send(None))
+    error = error_of(flow, Refusal("everybody is busy", 30.0))
+    assert isinstance(error, DeadlineExceededError)
+    assert "everybody is busy; earliest in 30.0 s" in error.message
+    assert error.retry_after == 30.0
+
+
+def test_empty_budget_ends_the_job_at_once(lab: Lab) -> None:
+    """Also with patience: a day is no wait for a worker."""
+    flow = lab.flow(patience_seconds=1.0)
+    permit(flow.send(None))
+    error = error_of(flow, Refusal("no money", 3600.0, for_budget=True))
+    assert isinstance(error, BudgetExceededError)
+    assert error.retry_after == 3600.0
+
+
+def test_attempts_of_earlier_starts_count(make_lab: Callable[..., Lab], settings: Settings) -> None:
+    """All that the job may make were made, so none is asked for; the last error says how."""
+    lab = make_lab(retry=settings.retry.model_copy(update={"max_attempts": 2}))
+    error = error_of(lab.flow(attempts=(FAILED, FAILED)), None)
+    assert isinstance(error, OverloadedError)
+    assert error.attempts == (FAILED, FAILED)
+
+
+def test_model_that_failed_too_often_in_earlier_starts_is_not_asked_again(lab: Lab) -> None:
+    """Two attempts per model, over all starts."""
+    effect = lab.flow(attempts=(FAILED, FAILED)).send(None)
+    assert isinstance(effect, Admit)
+    assert "claude-haiku-5-5" not in [quote.model.id for quote in effect.request.quotes]
+
+
+def test_cost_of_earlier_starts_counts_towards_max_cost(lab: Lab) -> None:
+    """What is left of it has to cover the worst case of every model that is asked; unknown costs count at worst."""
+    job = Job.parse({"task_type": "summarize", "prompt": "a prompt", "max_cost": "0.3"})
+    spent = lab.flow(job, attempts=(replace_cost(FAILED, "0.2999"),))
+    assert isinstance(error_of(spent, None), OverloadedError)
+    effect = lab.flow(job, attempts=(replace_cost(FAILED, "0.2"),)).send(None)
+    assert isinstance(effect, Admit)
+    assert all(quote.worst_usd is not None and quote.worst_usd <= Decimal("0.1") for quote in effect.request.quotes)
+    unknown = lab.flow(job, attempts=(replace_cost(FAILED, None),)).send(None)
+    assert isinstance(unknown, Admit)
+
+
+def replace_cost(attempt: Attempt, cost_usd: str | None) -> Attempt:
+    return attempt.model_copy(update={"cost_usd": None if cost_usd is None else Decimal(cost_usd)})
+
+
+def test_call_that_is_broken_off_is_settled_as_abandoned(lab: Lab) -> None:
+    """Whoever drove the flow was cancelled: the provider may charge, and the permit comes back."""
+    flow = lab.flow()
+    taken = permit(flow.send(None))
+    flow.send(taken)
+    flow.close()
+    [(given_back, outcome)] = lab.abandoned
+    assert given_back is taken
+    assert (outcome.outcome, outcome.health, outcome.cost_usd, outcome.error) == (
+        "failed",
+        "ignored",
+        None,
+        "cancelled",
+    )
+
+
+def test_settlement_that_is_broken_off_is_handed_over(lab: Lab) -> None:
+    """Nobody knows whether it was written; the second time counts for nothing."""
+    flow = lab.flow()
+    taken = permit(flow.send(None))
+    flow.send(taken)
+    settled = flow.send(ANSWER)
+    assert isinstance(settled, Settle)
+    flow.close()
+    assert lab.abandoned == [(taken, settled.outcome)]
+
+
+def test_leave_for_a_call_that_cannot_be_built_is_given_back(lab: Lab) -> None:
+    """It was never made, so it costs nothing."""
+    flow = lab.flow()
+    taken = permit(flow.send(None))
+    nowhere = replace(taken, quote=replace(taken.quote, model=replace(taken.model, id="\ud800")))
+    with pytest.raises(UnicodeEncodeError):
+        flow.send(nowhere)
+    [(given_back, outcome)] = lab.abandoned
+    assert given_back is nowhere
+    assert (outcome.outcome, outcome.cost_usd) == ("released", 0)
+
+
+@pytest.mark.parametrize("closed_at", ["before the first step", "while asking", "while waiting"])
+def test_nothing_is_settled_that_was_not_taken(lab: Lab, closed_at: str) -> None:
+    """A flow that ends without leave owes nothing."""
+    flow = lab.flow()
+    if closed_at != "before the first step":
+        permit(flow.send(None))
+    if closed_at == "while waiting":
+        assert isinstance(flow.send(Refusal("busy", 1.0)), Wait)
+    flow.close()
+    assert lab.abandoned == []
+
+
+def test_call_gets_no_more_time_than_the_job_has(lab: Lab) -> None:
+    """The deadline bounds the request itself."""
+    flow = lab.flow(timeout_seconds=7.0)
+    sent = flow.send(permit(flow.send(None)))
+    assert isinstance(sent, Send)
+    assert 0 < sent.timeout_seconds <= 7.0
+
+
+def test_timeout_is_a_cost_that_nobody_knows(lab: Lab) -> None:
+    """So the reservation stands."""
+    flow = lab.flow()
+    flow.send(permit(flow.send(None)))
+    settled = flow.send(ProviderTimeoutError("no answer"))
+    assert isinstance(settled, Settle)
+    assert (settled.outcome.cost_usd, settled.outcome.tokens, settled.outcome.health) == (None, None, "failure")
+
+
+def test_time_that_is_up_asks_for_nothing(lab: Lab) -> None:
+    """No leave is taken for a call that could not be waited for."""
+    flow = lab.flow(timeout_seconds=1e-9)
+    began = time.monotonic()
+    while time.monotonic() == began:
+        pass
+    assert isinstance(error_of(flow, None), DeadlineExceededError)

@@ -46,7 +46,7 @@ class Size:
     rounds: int
 
 
-QUICK, FULL = Size(40, 20, 3), Size(300, 200, 11)
+QUICK, FULL = Size(20, 10, 3), Size(300, 200, 11)
 
 
 @dataclass(frozen=True, slots=True)

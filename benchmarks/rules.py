@@ -4,6 +4,8 @@ All see the same evidence. A rule takes the arms, the floor, the exploration and
 returns the probability of each arm.
 """
 
+# ruff: noqa: ARG001 - all rules have one signature
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -24,7 +24,7 @@ NANO = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run came to; ``cost`` is a share of what always-premium spends. ``trace``: (score, cost) of each request."""
+    """What a run came to; ``cost`` is a share of always-premium's, ``trace`` the (score, cost) of each request."""
 
     success: float
     cost: float

@@ -97,11 +97,11 @@ def paretobandit(data: Path, floor: float) -> World:
     return World("paretobandit", source, models, 1, floor, _shuffled(requests))
 
 
-def made_up(floor: float) -> World:
-    """Return a world like MMLU, for when there is no data: 40 stages of 60 to 600 requests, two models."""
+def made_up(floor: float, stages: int = 40) -> World:
+    """Return a world like MMLU, for when there is no data: stages of 60 to 600 requests, two models."""
     random = Random("stages")
     requests = []
-    for stage in range(40):
+    for stage in range(stages):
         difficulty, lead = random.betavariate(4, 2), max(-0.05, random.gauss(0.12, 0.07))
         rates = (difficulty, min(0.98, difficulty + lead))
         for _ in range(random.randint(60, 600)):

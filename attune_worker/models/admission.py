@@ -33,7 +33,7 @@ from attune_worker.providers.base import Answer
 from attune_worker.providers.rate_headers import Observed
 from attune_worker.settings import Settings
 from attune_worker.store.backlog import Backlog
-from attune_worker.store.circuits import Name, rules_in_ms
+from attune_worker.store.circuits import Grant, Name, rules_in_ms
 from attune_worker.store.connection import connect, reaching
 from attune_worker.store.keys import FleetKeys
 from attune_worker.store.outage import Outage
@@ -186,7 +186,7 @@ class Admission:
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
         self._outage = Outage()
         self._local = LocalCircuits(settings.breaker)
-        self._unsettled = Backlog(self._write, self._outage)
+        self._unsettled = Backlog(self._write_all, self._outage)
         self._clock_offset_ms = 0.0
         self._keys_of = lru_cache(maxsize=256)(self._keys_of_model)
         self._budgets_for = lru_cache(maxsize=4096)(partial(budgets_for, settings.budgets))
@@ -216,7 +216,7 @@ class Admission:
         """Write down what a call did; while Redis is away it is kept, and written later."""
         self._remember(permit, outcome)
         settlement = self._settlement(permit, outcome)
-        if len(self._unsettled) or not self._outage.worth_trying():
+        if not self._outage.worth_trying():
             self._unsettled.add(settlement)
             return
         try:
@@ -303,9 +303,14 @@ class Admission:
         self, request: Request, charged: Sequence[tuple[BudgetKey, ...]], answer: list[Any]
     ) -> Permit | Refusal:
         if answer[0] == b"refused":
-            return _refusal(request, charged, answer[1], answer[2])
+            now_ms, refusals = answer[1], answer[2]
+            for quote, (_, at, why, *_) in zip(request.quotes, refusals, strict=True):
+                if why in _OF_CIRCUITS:
+                    self._local.adopt(_circuits(quote.model)[0], Grant(False, max(0, int(at) - now_ms), why.decode()))
+            return _refusal(request, charged, now_ms, refusals)
         place, now_ms = (answer[1], answer[2]) if answer[0] == b"admitted" else (0, self._now_ms())
         self._clock_offset_ms = now_ms - time.time() * 1000
+        self._local.adopt(_circuits(request.quotes[place].model)[0], Grant(True, 0, ""))
         return Permit(request.call_id, request.job, request.quotes[place], charged[place], now_ms)
 
     def _own_verdict(self, request: Request, charged: Sequence[tuple[BudgetKey, ...]]) -> Permit | Refusal:
@@ -393,6 +398,23 @@ class Admission:
                 raise
             logger.exception("call %s could not be settled in full", keys[0])  # again would fail again
             return
+        self._report(keys, event, passed)
+
+    def _write_all(self, settlements: Sequence[tuple[list[str], str]]) -> None:
+        try:
+            with reaching(self._settings):
+                answers = SETTLE.many(self._redis, [(keys, [text]) for keys, text in settlements])
+        except ServiceUnavailableError as error:
+            if not _refused(error):
+                raise
+            for settlement in settlements:  # one of them is to blame; twice is once for the others
+                self._write(settlement)
+        else:
+            for (keys, _), (_, event, passed) in zip(settlements, answers, strict=True):
+                self._report(keys, event, passed)
+
+    @staticmethod
+    def _report(keys: Sequence[str], event: bytes, passed: Sequence[int]) -> None:
         if event:
             logger.warning("circuit %s: %s", keys[3].partition(":breaker:")[2], event.decode())
         for place in passed:
@@ -457,6 +479,9 @@ def _circuits(model: ModelInfo) -> tuple[Name, Name]:
     """Return the names of the circuits that a call depends on: its tier's and its provider's."""
     return (model.provider, model.tier.value), (model.provider, None)
 
+
+_OF_CIRCUITS = {b"open", b"probing", b"forced_open"}
+"""Refusals that this process goes by, too, when Redis goes away."""
 
 _WHY = {
     b"open": "its circuit is open",

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from attune_worker.telemetry.evidence import Evidence
+from attune_worker.telemetry.evidence import RING, Evidence
 
 NO_EVIDENCE = Evidence()
 
@@ -42,20 +42,20 @@ STAGE_WEIGHT = 8.0
 The variance of one outcome over that of a model's success between stages: .2 / .16 ** 2 in MMLU's subjects.
 """
 
-ENOUGH = 10
-"""A model with fewer outcomes, in the stage and in its workflow, is explored only; as in the tier upgrade."""
+ENOUGH = 5
+"""A model with fewer outcomes, in the stage and in its workflow, is explored only, unless it is of a dearer tier."""
 
 HORIZON = 50.0
 """Over how many jobs a stage's surplus is spent, or its deficit made up; half or twice as many do as well."""
 
-SLACK = 0.15
+SLACK = 0.1
 """How far below the floor a model may be, and the target go, when the stage has a surplus. 0: never below."""
 
 SURPRISE = 0.3
 """By how much less than elsewhere a dearer model may do here before that is held against it, not the stage."""
 
 DROP_SIGMAS = 3.0
-"""Newest outcomes worse than the others by so many standard errors replace them: a false alarm in 700."""
+"""Newest outcomes that are worse than usual by so many standard errors replace all: once in some thousand by chance."""
 
 CERTAIN = 1.645
 """Standard errors on either side of a 90 % interval."""
@@ -124,47 +124,46 @@ def choose(arms: Sequence[Arm], floor: float, exploration: float) -> Choice:
     """
     if not arms:
         raise ValueError("there is no model to choose from")
-    means, errors = _estimates(arms)
+    means, errors, hopes = _estimates(arms)
     usable = _usable(arms)
-    top = max(usable, key=lambda i: (means[i], -arms[i].cost, arms[i].is_static))
+    top = max(usable, key=lambda i: (means[i], arms[i].tier_rank, -arms[i].cost))
     meeting = [i for i in usable if means[i] >= floor]
     best = min(meeting, key=lambda i: (arms[i].cost, -means[i])) if meeting else top
     target = _target(arms, floor)
     mixture = _cheapest_mixture(arms, means, usable, target, floor) or {top: 1.0}
-    explored = _worth_exploring(arms, means, errors, mixture, target, exploration)
+    explored = _worth_exploring(arms, means, hopes, mixture, target, exploration)
     probabilities = [0.0] * len(arms)
     for i in explored:
         probabilities[i] = exploration / len(explored)
     for i, share in mixture.items():
         probabilities[i] += share * (1.0 - exploration) if explored else share
-    scored = tuple(
-        Scored(
-            arm,
-            mean,
-            max(0.0, mean - CERTAIN * error),
-            min(1.0, mean + CERTAIN * error),
-            probability,
-            _verdict(arms, i, best, mean, floor, "explored" if i in explored else "shares" if i in mixture else ""),
-        )
-        for i, (arm, mean, error, probability) in enumerate(zip(arms, means, errors, probabilities, strict=True))
-    )
-    return Choice(scored, best, bool(meeting))
+    scored = []
+    for i, arm in enumerate(arms):
+        mean, margin = means[i], CERTAIN * errors[i]
+        role = "explored" if i in explored else "shares" if i in mixture else ""
+        verdict = _verdict(arms, i, best, mean, floor, role)
+        scored.append(Scored(arm, mean, max(0.0, mean - margin), min(1.0, mean + margin), probabilities[i], verdict))
+    return Choice(tuple(scored), best, bool(meeting))
 
 
-def _estimates(arms: Sequence[Arm]) -> tuple[list[float], list[float]]:
-    """Return each arm's expected success in the stage, and its standard error (normal approximation of a beta)."""
-    means, errors = [0.0] * len(arms), [0.0] * len(arms)
+def _estimates(arms: Sequence[Arm]) -> tuple[list[float], list[float], list[float]]:
+    """Return each arm's expected success in the stage, its standard error, and what one may hope for.
+
+    The error is that of a beta distribution. A model that broke may be as good again as it usually was.
+    """
+    means, errors, hopes = [0.0] * len(arms), [0.0] * len(arms), [0.0] * len(arms)
     tier, bound, next_bound = len(PRESUMED), 1.0, 1.0
     for i in sorted(range(len(arms)), key=lambda i: -arms[i].tier_rank):
         arm = arms[i]
         if arm.tier_rank < tier:
             tier, bound = arm.tier_rank, next_bound
         elsewhere = _elsewhere(arm)
-        successes, weight = _here(arm.stage)
+        successes, weight, usual = _here(arm.stage)
         mean = (successes + STAGE_WEIGHT * min(elsewhere, bound)) / (weight + STAGE_WEIGHT)
         means[i], errors[i] = mean, sqrt(mean * (1.0 - mean) / (weight + STAGE_WEIGHT))
+        hopes[i] = max(mean + CONCEIVABLE * errors[i], usual)
         next_bound = min(next_bound, max(mean, elsewhere - SURPRISE))
-    return means, errors
+    return means, errors, hopes
 
 
 def _elsewhere(arm: Arm) -> float:
@@ -176,14 +175,19 @@ def _elsewhere(arm: Arm) -> float:
     return mean
 
 
-def _here(stage: Evidence) -> tuple[float, float]:
-    """Return successes and outcomes in the stage: all, or the newest alone when they are significantly worse."""
-    weight, newest = stage.weight, len(stage.recent)
-    if ENOUGH <= newest < weight:
+def _here(stage: Evidence) -> tuple[float, float, float]:
+    """Return successes and outcomes in the stage: all, or the newest alone when they are significantly worse.
+
+    Then comes the usual success rate, or 0 where it still holds.
+    """
+    weight, newest = stage.successes + stage.failures, len(stage.recent)
+    if RING // 2 <= newest < weight:
         usual, successes = stage.successes / weight, stage.recent.count("1")
-        if usual - successes / newest > DROP_SIGMAS * sqrt(max(usual * (1.0 - usual), 0.02) / newest):
-            return float(successes), float(newest)
-    return stage.successes, weight
+        rate = successes / newest
+        middle = (usual + rate) / 2.0
+        if rate < usual and usual - rate > DROP_SIGMAS * sqrt(middle * (1.0 - middle) / newest):
+            return float(successes), float(newest), usual
+    return stage.successes, weight, 0.0
 
 
 def _usable(arms: Sequence[Arm]) -> list[int]:
@@ -229,7 +233,7 @@ def _cheapest_mixture(
 def _worth_exploring(
     arms: Sequence[Arm],
     means: Sequence[float],
-    errors: Sequence[float],
+    hopes: Sequence[float],
     mixture: dict[int, float],
     target: float,
     exploration: float,
@@ -241,9 +245,8 @@ def _worth_exploring(
     for i, arm in enumerate(arms):
         if not arm.may_explore or exploration <= 0 or mixture.get(i, 0.0) >= exploration:
             continue
-        conceivable = means[i] + CONCEIVABLE * errors[i]
-        saves = arm.cost < cost and (conceivable >= goal or arm.stage.weight < TRIES)
-        if saves or (expected < target and conceivable > expected):
+        saves = arm.cost < cost and (hopes[i] >= goal or arm.stage.weight < TRIES)
+        if saves or (expected < target and hopes[i] > expected):
             found.append(i)
     return found
 

@@ -7,7 +7,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Generic, TypeVar
 
 from attune_worker.errors import ServiceUnavailableError
@@ -20,16 +21,20 @@ logger = logging.getLogger(__name__)
 CAPACITY = 50_000
 """Entries that are kept; whoever adds to it stops before there are more, see ``full``."""
 
+BATCH = 100
+"""Entries that are written in one round trip: when an outage ends, a crowd has more to do than to wait for us."""
+
 _TICK_SECONDS = 0.1
 
 
 class Backlog(Generic[T]):
-    """Entries of one process that ``write`` (which raises ``ServiceUnavailableError``) is called for until it succeeds.
+    """Entries of one process that ``write`` is called with, a batch at a time, until it succeeds.
 
-    A thread of its own does that, started by the first entry and ended with the last.
+    It raises ``ServiceUnavailableError`` when it does not, and may see the same entries again. A thread of its own
+    does that, started by the first entry and ended with the last.
     """
 
-    def __init__(self, write: Callable[[T], object], outage: Outage) -> None:
+    def __init__(self, write: Callable[[Sequence[T]], object], outage: Outage) -> None:
         self._write = write
         self._outage = outage
         self._entries: deque[T] = deque()
@@ -72,12 +77,12 @@ class Backlog(Generic[T]):
                 if not self._entries:
                     self._thread = None
                     return
-                entry = self._entries[0]
+                batch = list(islice(self._entries, BATCH))
             if not (self._closing.is_set() or self._outage.worth_trying()):
                 time.sleep(_TICK_SECONDS)
                 continue
             try:
-                self._write(entry)
+                self._write(batch)
             except ServiceUnavailableError as error:
                 if self._outage.failed(error):
                     logger.warning("settlements are kept until Redis answers: %s", error)
@@ -86,4 +91,5 @@ class Backlog(Generic[T]):
             if self._outage.succeeded():
                 logger.info("Redis answers again; %d settlements wait to be written", len(self._entries))
             with self._lock:
-                self._entries.popleft()
+                for _ in batch:
+                    self._entries.popleft()

@@ -32,7 +32,7 @@ from tests.examples.stack import EXAMPLES, PATIENCE_SECONDS, ROOT, Stack, runnin
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-KEY = re.compile(r"^(\w+) +(\w+) +(``.+``)(?:  .*)?$", re.MULTILINE)
+KEY = re.compile(r"^(\w+) +(\w+) +(``.+?``(?:, ``.+?``)*)", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
@@ -97,19 +97,24 @@ def test_the_python_of_a_page_runs(stack, page):
 
 def test_the_example_of_feedback_moves_its_jobs(stack):
     """Jobs whose answers are judged go to a cheaper model once it has shown that it will do."""
-    command = [sys.executable, str(EXAMPLES / "feedback.py"), "600"]
-    done = subprocess.run(
-        command,
-        cwd=stack.folder,
-        env=stack.environ,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-        check=True,
-    )
+    curious = {
+        "ATTUNE_NAMESPACE": "curious",
+        "ATTUNE_ROUTING__EXPLORATION": "0.5",
+        "ATTUNE_ROUTING__REFRESH_SECONDS": "0.05",
+    }
+    with stack.worker(**curious):
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / "feedback.py"), "200"],
+            cwd=stack.folder,
+            env={**stack.environ, **curious},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=True,
+        )
     first, *_, last = done.stdout.splitlines()
-    assert "claude-sonnet" in first
-    assert "claude-haiku" in last
+    assert "anthropic/claude-sonnet" in first
+    assert last.split()[1].startswith("anthropic/claude-haiku")
 
 
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)
@@ -217,7 +222,7 @@ def test_the_reference_has_every_task_type_in_its_tier():
     assert tiers == {task: get_tier_for_task(task).value for task in TaskType}
 
 
-SECTIONS: dict[str, type[Section] | type[Settings]] = {
+SECTIONS: dict[str, type[Section | Settings]] = {
     "General": Settings,
     "providers": ProviderSettings,
     "models": ModelSettings,

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,7 @@ from attune_worker.budget import Budgets
 from attune_worker.errors import AttuneError, DeadlineExceededError, NotNowError
 from attune_worker.jobs import Job
 from attune_worker.limits import Limits
+from attune_worker.models.breaker import CircuitBreaker
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
@@ -231,6 +233,7 @@ def test_hard_budget_without_redis_waits_or_says_so(
     with pytest.raises(DeadlineExceededError, match="a hard budget cannot be kept while Redis is away"):
         executor.execute(JOB, 1)
     assert simulator.requests()["requests"] == []
+    own_server.start()
 
 
 def test_own_circuit_protects_the_provider_while_redis_is_away(
@@ -247,6 +250,7 @@ def test_own_circuit_protects_the_provider_while_redis_is_away(
         ends.append(caught.value.type)
     assert ends == ["overloaded"] * 5 + ["not_now"] * 3
     assert len(simulator.requests()["requests"]) == 5
+    own_server.start()
 
 
 def test_executor_that_starts_without_redis_answers(
@@ -281,6 +285,28 @@ def test_full_redis_loses_no_settlement(
     assert_books_agree(redis, executor, simulator)
 
 
+def test_settlement_that_redis_refuses_holds_up_nobody(
+    make_executor: Callable[..., EmpathyLLMExecutor],
+    redis: Redis,
+    simulator: Simulator,
+    until: Until,
+    own_server: EmbeddedRedis,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Again would fail again: it is logged and left, and those around it are written."""
+    executor = make_executor(budgets=SOFT)
+    own_server.stop()
+    executor.execute(JOB)
+    backlog = executor._admission._unsettled
+    keys, _ = backlog._entries[-1]
+    backlog.add((keys, "{"))
+    executor.execute(JOB)
+    own_server.start()
+    until(lambda: settled(executor))
+    assert_books_agree(redis, executor, simulator)
+    assert caplog.text.count("could not be settled in full") == 1
+
+
 @pytest.mark.parametrize("garbage", ["string", "hash"])
 def test_nonsense_under_every_key_stops_nobody(
     redis: Redis,
@@ -295,13 +321,15 @@ def test_nonsense_under_every_key_stops_nobody(
     with Crowd(executor, 4) as crowd:
         until(lambda: crowd.answered > 10)
         for _ in range(3):
-            for key in redis.scan_iter(match=f"{tag}*"):
-                fields = redis.hkeys(key) if redis.type(key) == b"hash" else []
-                redis.delete(key)
-                if garbage == "hash":
-                    redis.hset(key, mapping=dict.fromkeys([*fields, b"x"], b"\xff{"))
-                else:
-                    redis.set(key, "garbage")
+            with redis.pipeline() as together:
+                for key in list(redis.scan_iter(match=f"{tag}*", count=1000)):
+                    fields = redis.hkeys(key) if redis.type(key) == b"hash" else []
+                    together.delete(key)
+                    if garbage == "hash":
+                        together.hset(key, mapping=dict.fromkeys([*fields, b"x"], b"\xff{"))
+                    else:
+                        together.set(key, "garbage")
+                together.execute()
             before = crowd.answered
             until(lambda before=before: crowd.answered > before + 10)
     assert (crowd.refused, crowd.other) == ([], [])
@@ -314,3 +342,18 @@ def test_nonsense_under_every_key_stops_nobody(
     [status] = Budgets(executor.settings).status()
     assert status.spent_usd - before_usd == billed(simulator) - before_billed > 0
     assert Limits(executor.settings).status()["openai"].in_flight == 0
+
+
+def test_what_the_fleet_knew_still_holds_when_redis_goes(
+    own_server: EmbeddedRedis, make_executor: Callable[..., EmpathyLLMExecutor], simulator: Simulator
+) -> None:
+    """A process that was refused by the fleet's open circuit does not find out again by itself."""
+    executor = make_executor()
+    with closing(CircuitBreaker(settings=executor.settings)) as breaker:
+        breaker.trip("openai", "cheap", seconds=60, reason="trouble")
+    with pytest.raises(NotNowError):
+        executor.execute(JOB, patience_seconds=0)
+    own_server.stop(signal.SIGKILL)
+    with pytest.raises(NotNowError, match="as far as this process knows"):
+        executor.execute(JOB, patience_seconds=0)
+    assert simulator.invoice()["count"] == 0

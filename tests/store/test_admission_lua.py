@@ -19,6 +19,7 @@ from attune_worker.limits import Limits
 from attune_worker.models.admission import Admission, Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.registry import Registry
 from attune_worker.settings import Settings
+from attune_worker.store.circuits import Circuits
 from attune_worker.store.keys import FleetKeys
 
 Ask = Callable[..., Request]
@@ -26,6 +27,7 @@ HAIKU, LUNA, OPUS = "anthropic/claude-haiku-5-5", "openai/gpt-6-luna", "anthropi
 JOB = Job.parse({"task_type": "summarize", "prompt": "?", "tenant": "acme", "workflow": "review"})
 DONE = Outcome("succeeded", "success", 120, Decimal("0.25"), 60, 40)
 BROKEN = Outcome("failed", "failure", 30, Decimal(0), 0, error="overloaded")
+GIVEN_UP = Outcome("failed", "ignored", 30, Decimal(0), 0, error="cancelled")
 UNKNOWN_COST = Outcome("failed", "failure", 30, None, error="timeout")
 
 
@@ -209,22 +211,19 @@ def test_released_gives_everything_back(admission: Admission, ask: Ask, redis: A
     assert failures(redis, limited) is None
 
 
-def test_released_without_an_intent_gives_nothing_back(admission: Admission, ask: Ask, limited: Settings) -> None:
+def test_released_without_an_intent_gives_nothing_back(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings
+) -> None:
     """What was not taken cannot come back; and an ADMIT that arrives only then takes nothing."""
     for _ in range(3):
         permit(admission, ask())
-    rates = Limits(limited).status()["anthropic"]
     request = ask()
-    late = Permit(request.call_id, JOB, request.quotes[0], (), 0)
-    admission.give_back(late)
-    admission._unsettled.close(5)
-    after = Limits(limited).status()["anthropic"]
-    assert rates.requests is not None
-    assert after.requests is not None
-    assert after.requests.left <= rates.requests.left + 1  # time alone refills
-    assert after.in_flight == 3
+    limits = FleetKeys(limited.namespace).limits("anthropic")
+    before = redis.hgetall(limits)
+    admission.settle(Permit(request.call_id, JOB, request.quotes[0], (), 0), Outcome.released())
     admission.admit(request)
-    assert Limits(limited).status()["anthropic"].in_flight == 3
+    assert redis.hgetall(limits) == before
+    assert in_flight(limited) == 3
 
 
 def test_release_names_the_model_that_was_taken(admission: Admission, ask: Ask, limited: Settings) -> None:
@@ -326,7 +325,12 @@ def test_crowd_never_reserves_more_than_there_is(admission: Admission, ask: Ask,
 
 @pytest.mark.parametrize("garbage", ["string", "hash", "list"])
 def test_foreign_values_under_every_key_count_as_missing(
-    admission: Admission, ask: Ask, redis: Any, limited: Settings, garbage: str
+    admission: Admission,
+    ask: Ask,
+    redis: Any,
+    limited: Settings,
+    caplog: pytest.LogCaptureFixture,
+    garbage: str,
 ) -> None:
     """Whoever wrote there: calls go on, settlements count, and the next ones find everything in order."""
     taken = permit(admission, ask())
@@ -353,6 +357,7 @@ def test_foreign_values_under_every_key_count_as_missing(
     assert stats_of_calls(redis, limited) == 2
     assert in_flight(limited) == 0
     assert spent(limited)[-1] == (Decimal("0.5"), Decimal(0))
+    assert "could not be settled" not in caplog.text
 
 
 def stats_of_calls(redis: Any, settings: Settings) -> int:
@@ -367,10 +372,36 @@ def test_garbled_intent_is_no_excuse_not_to_charge(
 ) -> None:
     """A window that is none is the current one."""
     taken = permit(admission, ask())
-    redis.hset(FleetKeys(limited.namespace).call(taken.call_id), mapping={"windows": windows, "place": "99"})
-    assert isinstance(admission.admit(Request(taken.call_id, "job-1", JOB, (taken.quote,))), Permit)
+    redis.hset(FleetKeys(limited.namespace).call(taken.call_id), "windows", windows)
     admission.settle(taken, DONE)
-    assert all(total == Decimal("0.25") for total, _ in spent(limited))
+    assert {total for total, _ in spent(limited)} == {Decimal("0.25")}
+
+
+@pytest.mark.parametrize("place", ["99", "-1", "x", "nan"])
+def test_garbled_place_leads_to_no_other_candidate(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings, place: str
+) -> None:
+    """A call that was asked for again is answered with one of those that were offered."""
+    request = ask(HAIKU, LUNA)
+    taken = permit(admission, request)
+    redis.hset(FleetKeys(limited.namespace).call(taken.call_id), "place", place)
+    assert permit(admission, request).quote == request.quotes[0]
+
+
+@pytest.mark.parametrize(("outcome", "state_after"), [(DONE, b"closed"), (BROKEN, b"open"), (GIVEN_UP, b"half_open")])
+def test_call_that_probes_the_providers_own_circuit_settles_it(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings, outcome: Outcome, state_after: bytes
+) -> None:
+    """After an operator's trip one call for all tiers finds out; a probe that says nothing makes way for the next."""
+    Circuits(limited, limited.breaker).open(("anthropic", None), 600_000)
+    assert isinstance(admission.admit(ask()), Refusal)
+    whole = FleetKeys(limited.namespace).circuit("anthropic", None)
+    redis.hset(whole, "retry_ms", 1)  # that much later
+    probe = permit(admission, ask(worst_usd="0.01"))
+    assert "probes it" in refusal(admission, ask(OPUS, worst_usd="0.01")).reason
+    admission.settle(probe, outcome)
+    assert redis.hget(whole, "state") == state_after
+    assert isinstance(admission.admit(ask(OPUS, worst_usd="0.01")), Permit) is (state_after != b"open")
 
 
 def test_names_cannot_collide(admission: Admission, ask: Ask, limited: Settings, redis: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -35,12 +35,12 @@ class Store:
         self.seconds += 1.0  # each look at the clock: a second
         return self.seconds
 
-    def _write(self, entry: int) -> None:
+    def _write(self, entries: Sequence[int]) -> None:
         self.gate.wait()
         self.tries += 1
         if not self.there:
             raise ServiceUnavailableError("away")
-        self.written.append(entry)
+        self.written += entries
 
 
 @pytest.fixture

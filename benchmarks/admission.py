@@ -23,7 +23,7 @@ import click
 from crew import PROCESSES, Crew
 from decisions import CANDIDATES, Decisions, decision_fields, learn, measure_decisions
 from limits_kept import Rate, Spent, fields, hold_the_rate, models, race_for_budget, request
-from measurement import _provider as running_provider
+from measurement import running_provider
 from processes import BenchmarkError
 from redis import Redis
 from report import machine, versions

@@ -85,7 +85,7 @@ def measure(workload: Workload, progress: Progress) -> Measurement:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="attune-benchmark-")))
         redis = stack.enter_context(EmbeddedRedis(folder / "redis"))
         results = stack.enter_context(Redis.from_url(_database(redis.url, 1)))
-        provider, provider_url = stack.enter_context(_provider(workload.latency_seconds, folder))
+        provider, provider_url = stack.enter_context(running_provider(workload.latency_seconds, folder))
         services = Services(redis.url, _database(redis.url, 1), provider_url)
         enqueue(workload.mode, workload.jobs, services)
         arguments, environ = worker_command(workload.mode, workload.concurrency, services)
@@ -169,7 +169,7 @@ def _summed_up(begin: _Moment, end: _Moment, peak_rss_mb: float, memory: Memory,
 
 
 @contextmanager
-def _provider(latency_seconds: float, folder: Path) -> Iterator[tuple[PythonProcess, str]]:
+def running_provider(latency_seconds: float, folder: Path) -> Iterator[tuple[PythonProcess, str]]:
     """Run the simulator, and yield it with its URL."""
     services = Services("", "", "")
     arguments = ["-m", "attune_worker", "simulator", "--port=0", f"--latency={latency_seconds:g}"]

@@ -24,7 +24,7 @@ from typing import Any, Self
 import callers
 import click
 from contenders import Services
-from measurement import _provider as running_provider
+from measurement import running_provider
 from processes import BenchmarkError
 from report import machine, versions
 from rich.console import Console

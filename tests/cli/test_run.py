@@ -57,12 +57,14 @@ def results_of(path: Path):
 
 def interrupt(environ, jobs: Path, out: Path, after: int, how: signal.Signals) -> subprocess.Popen:
     """Start a run, send it a signal after some results, and see that all it started ends."""
-    process = subprocess.Popen(
-        [*COMMAND, "run", str(jobs), "-o", str(out), "--local", "2"],
-        env=environ,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    log = out.with_suffix(".log")
+    with log.open("wb") as told:
+        process = subprocess.Popen(
+            [*COMMAND, "run", str(jobs), "-o", str(out), "--local", "2"],
+            env=environ,
+            stdout=subprocess.DEVNULL,
+            stderr=told,
+        )
     ends = time.monotonic() + 60
     while not (out.exists() and out.read_bytes().count(b"\n") >= after):
         assert process.poll() is None
@@ -81,7 +83,7 @@ def test_a_thousand_jobs_survive_ctrl_c(environ, simulator, tmp_path):
     """Interrupted and run again: one result for each line, no id twice, and no call paid for twice."""
     jobs, out = write_jobs(tmp_path / "jobs.jsonl", 1000), tmp_path / "results.jsonl"
     process = interrupt(environ, jobs, out, 200, signal.SIGINT)
-    assert process.returncode == 130
+    assert process.returncode == 130, out.with_suffix(".log").read_text()
     assert len(results_of(out)) < 1000
     again = run(environ, jobs, "-o", out, "--local", 2)
     assert again.returncode == 0, again.stderr

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -28,10 +29,17 @@ LEARNED_MS = 600_000
 LONGEST_DEBT_MS = 3_600_000
 """No bucket is further from full than this; as in ``limits.lua``."""
 
+SLOT_MS = 5000
+WINDOW_SLOTS = 12
+"""A window is the present slot and so many before it; as in ``limits.lua``, like the next two."""
+
+WINDOW_SIZE = 1024
+HIGHEST_COUNT = 10**14
+
 LONGEST_PAUSE_MS = 120_000
 DAY_MS = 86_400_000
 
-_BUCKETS = ("requests_tat", "tokens_tat")
+_BUCKETS = ("requests_tat", "requests_window", "tokens_tat", "tokens_window")
 _MODEL = (
     *_BUCKETS,
     "requests_limit",
@@ -170,12 +178,12 @@ def _found(answer: Any) -> Any:
 
 
 def _provider(provider: ProviderSettings, buckets: Any, in_flight: Any, burst_ms: float, now_ms: int) -> ProviderLimits:
-    requests_tat, tokens_tat = buckets or (None, None)
+    found = dict(zip(_BUCKETS, buckets or [None] * len(_BUCKETS), strict=True))
     return ProviderLimits(
         in_flight=in_flight or 0,
         concurrency=provider.concurrency,
-        requests=_left(provider.requests_per_minute, requests_tat, burst_ms, now_ms, least=1),
-        tokens=_left(provider.tokens_per_minute, tokens_tat, burst_ms, now_ms, least=0),
+        requests=_left(provider.requests_per_minute, found, "requests", burst_ms, now_ms),
+        tokens=_left(provider.tokens_per_minute, found, "tokens", burst_ms, now_ms),
     )
 
 
@@ -187,18 +195,33 @@ def _model(values: Any, burst_ms: float, now_ms: int) -> ModelLimits:
         cooldown_until=cooldown_until,
         cooldown_reason=reason.decode(errors="replace") if reason else None,
         paused_until=_future(found["paused_ms"], now_ms),
-        requests=_left(_learned(found, "requests", now_ms), found["requests_tat"], burst_ms, now_ms, least=1),
-        tokens=_left(_learned(found, "tokens", now_ms), found["tokens_tat"], burst_ms, now_ms, least=0),
+        requests=_left(_learned(found, "requests", now_ms), found, "requests", burst_ms, now_ms),
+        tokens=_left(_learned(found, "tokens", now_ms), found, "tokens", burst_ms, now_ms),
     )
 
 
-def _left(limit: int | None, tat: bytes | None, burst_ms: float, now_ms: int, *, least: int) -> Left | None:
+def _left(limit: int | None, found: Mapping[str, bytes | None], name: str, burst_ms: float, now_ms: int) -> Left | None:
     if limit is None:
         return None
     unit_ms = (MINUTE_MS + burst_ms) / limit
-    full_at = _number(tat, now_ms)
+    full_at = _number(found[f"{name}_tat"], now_ms)
     behind_ms = max(full_at - now_ms, 0) if full_at <= now_ms + LONGEST_DEBT_MS else 0
-    return Left(limit, max(int((max(burst_ms, least * unit_ms) - behind_ms) / unit_ms), 0))
+    least_ms = unit_ms if name == "requests" else 0
+    paced = int((max(burst_ms, least_ms) - behind_ms) / unit_ms)
+    return Left(limit, max(min(paced, limit - _taken(found[f"{name}_window"], now_ms)), 0))
+
+
+def _taken(window: bytes | None, now_ms: int) -> int:
+    """Return what was taken in the slots that the last minute touches; text that is not ours counts as nothing."""
+    if window is None or len(window) > WINDOW_SIZE:
+        return 0
+    present, counts = now_ms // SLOT_MS, dict[int, int]()
+    for word in window.split():
+        if not (parts := re.fullmatch(rb"([0-9]+):([0-9]+)", word)) or int(parts[2]) > HIGHEST_COUNT:
+            return 0
+        if abs(int(parts[1]) - present) <= WINDOW_SLOTS:
+            counts.setdefault(int(parts[1]), int(parts[2]))
+    return sum(counts.values())
 
 
 def _learned(found: Mapping[str, bytes | None], name: str, now_ms: int) -> int | None:

@@ -156,8 +156,9 @@ class BreakerSettings(Section):
 class LimitSettings(Section):
     """How rate limits are kept.
 
-    At most ``burst_seconds`` worth of a minute's allowance goes out at once; the rest is spread evenly, so that
-    no sixty seconds see more than the limit. ``learn``: keep to the limits in the providers' headers too.
+    At most ``burst_seconds`` worth of a minute's allowance goes out at once, and the rest is spread evenly. A
+    window of the last sixty seconds, in whole slots of five, sees to it that they never see more than the limit.
+    ``learn``: keep to the limits in the providers' headers too.
     """
 
     burst_seconds: float = Field(default=2.0, gt=0, le=60)

@@ -100,6 +100,16 @@ def test_status_shows_what_is_left_and_in_flight(limited: Settings, redis: Redis
     assert Limits(limited, redis).status()["acme"].in_flight == 1
 
 
+def test_nothing_is_left_when_the_last_minute_has_seen_the_limit(limited: Settings, redis: Redis) -> None:
+    """Though the bucket is full: ADMIT goes by its window, too."""
+    seconds, _ = redis.time()
+    slot = int(seconds) // 5
+    window = f"{slot - 14}:900 {slot - 6}:1000 {slot}:960"
+    redis.hset(FleetKeys(limited.namespace).limits("acme"), mapping={"tokens_window": window})
+    status = Limits(limited, redis).status()["acme"]
+    assert (status.requests, status.tokens) == (Left(20, 10), Left(2000, 40))
+
+
 def test_status_shows_what_the_provider_said_of_a_model(
     limited: Settings, redis: Redis, run: Callable[..., None]
 ) -> None:
@@ -115,11 +125,12 @@ def test_status_shows_what_the_provider_said_of_a_model(
     assert model.cooldown_reason == "rate_limited"
 
 
-@pytest.mark.parametrize("value", ["abc", "nan", "inf", "-5", "1e300", "9" * 30, ""])
+@pytest.mark.parametrize("value", ["1:2 x", "1:" + "9" * 30, "abc", "nan", "inf", "-5", "1e300", "9" * 30, ""])
 def test_garbled_values_count_as_missing(limited: Settings, redis: Redis, value: str) -> None:
     """Looking never fails for what is in the keys."""
     keys = FleetKeys(limited.namespace)
-    fields = ("requests_tat", "tokens_tat", "cooldown_ms", "paused_ms", "requests_limit", "requests_learned")
+    fields = ["requests_tat", "tokens_tat", "cooldown_ms", "paused_ms", "requests_limit", "requests_learned"]
+    fields += ["requests_window", "tokens_window"]
     for key in (keys.limits("acme"), keys.limits("acme", "m-1")):
         redis.hset(key, mapping=dict.fromkeys(fields, value))
     status = Limits(limited, redis).status([("acme", "m-1")])["acme"]

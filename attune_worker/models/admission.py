@@ -207,6 +207,9 @@ class Admission:
                 if self._outage.failed(error):
                     logger.warning("going by what this process has seen itself: %s", error)
                 request = self._take_back(request, charged)
+            except BaseException:  # interrupted: Redis may have given leave for a call that nobody will make
+                self._take_back(request, charged)
+                raise
             else:
                 self._reached()
                 return self._verdict(request, charged, answer)
@@ -344,6 +347,7 @@ class Admission:
             "ref": model.ref,
             "retention_s": self._settings.retention_seconds,
             "outcome": outcome.outcome,
+            "ended_ms": self._now_ms(),
             "names": json.dumps([model.provider, model.tier.value]),
             "rules": self._rules,
             "result": _told(
@@ -492,6 +496,7 @@ _WHY = {
     b"requests_per_minute": "requests_per_minute is used up",
     b"tokens_per_minute": "tokens_per_minute is used up",
     b"concurrency": "all of its provider's slots are taken",
+    b"budget_reserved": "calls under way have reserved what a hard budget has left",
 }
 
 

@@ -90,6 +90,7 @@ class CircuitBreaker:
         self._local = LocalCircuits(self.rules)
         self._outage = Outage()
         self._permits = Permits()
+        self._providers = tuple(settings.providers)
 
     def is_available(self, provider: str, tier: ModelTier | str | None = None) -> bool:
         """Return whether a call may be made now. While a circuit recovers, True is a probe's turn: make the call."""
@@ -161,17 +162,12 @@ class CircuitBreaker:
     ) -> None:
         """Close circuits and lift their overrides: one, all of a provider, or all.
 
+        All are those that Redis lists, and every tier's and the provider's own of the configured providers.
         Raises ``ServiceUnavailableError``.
         """
         if provider is None and tier is not None:
             raise ValueError("tier: it needs its provider")
-        if provider is not None and tier is not None:
-            names = [_name(provider, tier)]
-        else:
-            own = [] if provider is None else [_name(provider, None)]
-            known = self._shared.names()
-            names = list({*own, *(name for name in known if provider is None or name[0] == provider)})
-        for name in names:
+        for name in self._all_of(provider) if provider is None or tier is None else [_name(provider, tier)]:
             self._shared.reset(name, by=by or self.owner, reason=reason)
             self._local.forget(name)
 
@@ -216,6 +212,14 @@ class CircuitBreaker:
     def close(self) -> None:
         """Give the connections to Redis back, unless they are the caller's."""
         self._shared.close()
+
+    def _all_of(self, provider: str | None) -> list[Name]:
+        """Return the circuits there are of a provider (None: of all), also where the index has lost them."""
+        own = [] if provider is None else [_name(provider, None)]
+        listed = [name for name in self._shared.names() if provider is None or name[0] == provider]
+        providers = self._providers if provider is None else (provider,)
+        possible = [_name(one, tier) for one in providers for tier in (*ModelTier, None)]
+        return list({*own, *listed, *self._shared.read(possible)})
 
     def _record(
         self,

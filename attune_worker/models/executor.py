@@ -20,7 +20,7 @@ from attune_worker.errors import ProviderError
 from attune_worker.jobs import Attempt, Job, ModelTier, Usage, total_cost
 from attune_worker.models.adaptive import AdaptiveModelRouter
 from attune_worker.models.admission import Admission, Permit, Refusal, Request
-from attune_worker.models.flow import Admit, Caller, Effect, Reply, Send, Settle, Start, Wait
+from attune_worker.models.flow import Admit, Caller, Effect, Rank, Reply, Send, Settle, Start, Wait
 from attune_worker.models.pricing import cost
 from attune_worker.models.registry import Registry
 from attune_worker.providers.base import Answer
@@ -119,10 +119,10 @@ class EmpathyLLMExecutor:
         """Answer as ``run`` does, without blocking the event loop."""
         job = _job(task_type, prompt, system, context, options)
         flow = self._caller.flow(Start(job, timeout_seconds=_time_for(job, context)))
+        reply: Reply = None
         try:
-            effect = await asyncio.to_thread(flow.send, None)  # the first look at a stage reads Redis
             while True:
-                effect = flow.send(await self._aperform(effect))
+                reply = await self._aperform(flow.send(reply))
         except StopIteration as end:
             return _response(job, *end.value)
         finally:
@@ -151,14 +151,16 @@ class EmpathyLLMExecutor:
             return _response(job, *end.value)
         finally:
             flow.close()
+            if isinstance(reply, Permit):  # interrupted before the call was made; one that was made is settled already
+                self._admission.give_back(reply)
 
     def get_model_for_task(self, task_type: str) -> str:
         """Return the id of the model that would be asked first."""
-        return self._caller.rank(Job(task_type=task_type, prompt="?")).models[0].id
+        return self._caller.rank(Job(task_type=task_type, prompt="?"), None).models[0].id
 
     def estimate_cost(self, task_type: str, input_tokens: int, output_tokens: int) -> Decimal | None:
         """Return what a call of that size would cost in USD on the model asked first; None: price unknown."""
-        model = self._caller.rank(Job(task_type=task_type, prompt="?")).models[0]
+        model = self._caller.rank(Job(task_type=task_type, prompt="?"), None).models[0]
         return cost(model, Usage(input_tokens=input_tokens, output_tokens=output_tokens))
 
     def close(self) -> None:
@@ -176,6 +178,8 @@ class EmpathyLLMExecutor:
 
     def _perform(self, effect: Effect) -> Reply:
         match effect:
+            case Rank(job):
+                return self._caller.rank(job)
             case Admit(request):
                 return self._admission.admit(request)
             case Send(request, timeout_seconds):

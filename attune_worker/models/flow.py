@@ -31,7 +31,7 @@ from attune_worker.models.attempts import attempt_of, located
 from attune_worker.models.policy import Failure, NextCall, next_call, seen_before
 from attune_worker.models.pricing import worst_case_cost
 from attune_worker.models.registry import ModelInfo, Registry
-from attune_worker.models.routing import Candidates, candidates, estimate_tokens, must_serve, output_limit
+from attune_worker.models.routing import Candidates, candidates, estimate_tokens, most_tokens, must_serve, output_limit
 from attune_worker.providers import adapter
 from attune_worker.providers.base import Answer, ChatRequest, Endpoint, HttpRequest, HttpResponse, Provider
 from attune_worker.providers.rate_headers import observed
@@ -41,7 +41,14 @@ from attune_worker.settings import Settings
 logger = logging.getLogger(__name__)
 
 ADMITTED_TOGETHER = 4
-"""How many candidates one ADMIT may choose from: the first one and its nearest fallbacks."""
+"""How many candidates one ADMIT may choose from: nearly always one of the first is free, and each costs time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Effect: rank the models that may serve a job; answered with a ``Ranking``. It may read Redis."""
+
+    job: Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +81,8 @@ class Wait:
     seconds: float
 
 
-Effect = Admit | Send | Settle | Wait
-Reply = HttpResponse | ProviderError | Permit | Refusal | None
+Effect = Rank | Admit | Send | Settle | Wait
+Reply = Ranking | HttpResponse | ProviderError | Permit | Refusal | None
 Flow = Generator[Effect, Reply, tuple[Answer, tuple[Attempt, ...]]]
 
 
@@ -125,10 +132,10 @@ class Caller:
             job, self.registry, self.settings.default_max_tokens, lambda model: self._obstacle(job, model)
         )
 
-    def rank(self, job: Job, random: Callable[[], float] | None = None) -> Ranking:
+    def rank(self, job: Job, random: Callable[[], float] | None = random.random) -> Ranking:
         """Return the models in the order in which they are asked, raising ``NoCandidateError`` if there is none.
 
-        Without ``random`` no model is explored.
+        Where ``random`` is None no model is explored.
         """
         found = self.candidates(job)
         must_serve(found)
@@ -140,7 +147,8 @@ class Caller:
         now = time.monotonic()
         deadline = math.inf if start.timeout_seconds is None else now + start.timeout_seconds
         ends = min(deadline, now + self.settings.timeout_seconds)
-        ranking = self.rank(job, random.random)
+        ranking = yield Rank(job)
+        assert isinstance(ranking, Ranking)  # noqa: S101  # the drivers answer every Rank
         decision: Decision | None = ranking.decision
         failures = [seen_before(attempt, self.registry) for attempt in attempts]
         spent = sum((self._spent(job, attempt) for attempt in attempts), Decimal(0))
@@ -153,7 +161,7 @@ class Caller:
             yield from _pause(step.wait_seconds, ends, start, attempts, f"{step.model.ref} failed before")
             if time.monotonic() >= ends:
                 raise DeadlineExceededError("the time for this job was up before an answer came", attempts=attempts)
-            verdict = yield Admit(self._request(start, (step.model, *step.instead)))
+            verdict = yield from self._ask(start, (step.model, *step.instead))
             if isinstance(verdict, Refusal):
                 if verdict.for_budget:
                     raise BudgetExceededError(
@@ -161,7 +169,6 @@ class Caller:
                     )
                 yield from _pause(verdict.retry_after_seconds, ends, start, attempts, verdict.reason)
                 continue
-            assert isinstance(verdict, Permit)  # noqa: S101  # the drivers answer every Admit
             outcome, attempt = yield from self._call(job, verdict, ends - time.monotonic(), decision)
             decision = None
             attempts.append(attempt)
@@ -171,6 +178,18 @@ class Caller:
             failures.append(Failure(verdict.model, outcome, time.monotonic()))
             spent += self._spent(job, attempt)
             models = self._affordable(job, models, spent)
+
+    def _ask(self, start: Start, models: Sequence[ModelInfo]) -> Generator[Effect, Reply, Permit | Refusal]:
+        """Ask leave for the first of ``models`` that may be called, a few at a time; refused are they all together."""
+        refusals: list[Refusal] = []
+        for first in range(0, len(models), ADMITTED_TOGETHER):
+            verdict = yield Admit(self._request(start, models[first : first + ADMITTED_TOGETHER]))
+            if isinstance(verdict, Permit):
+                return verdict
+            assert isinstance(verdict, Refusal)  # noqa: S101  # the drivers answer every Admit
+            refusals.append(verdict)
+        waits = [refusal for refusal in refusals if not refusal.for_budget]
+        return min(waits, key=lambda refusal: refusal.retry_after_seconds) if waits else refusals[0]
 
     def _next(self, models: Sequence[ModelInfo], failures: Sequence[Failure], until: float) -> NextCall | None:
         now = time.monotonic()
@@ -205,6 +224,10 @@ class Caller:
         tokens = estimate_tokens(job.text_bytes)
         return worst_case_cost(model, tokens, output_limit(job, model, self.settings.default_max_tokens))
 
+    def _most_usd(self, job: Job, model: ModelInfo) -> Decimal | None:
+        """Return what a call cannot go beyond, however the prompt is cut into tokens: what budgets reserve."""
+        return worst_case_cost(model, most_tokens(job), output_limit(job, model, self.settings.default_max_tokens))
+
     def _request(self, start: Start, models: Sequence[ModelInfo]) -> Request:
         job = start.job
         prompt = estimate_tokens(job.text_bytes)
@@ -216,9 +239,9 @@ class Caller:
                 Quote(
                     model,
                     prompt + output_limit(job, model, self.settings.default_max_tokens),
-                    self._worst_case(job, model),
+                    self._most_usd(job, model),
                 )
-                for model in models[:ADMITTED_TOGETHER]
+                for model in models
             ),
         )
 

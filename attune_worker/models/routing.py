@@ -22,6 +22,9 @@ from attune_worker.models.task_types import get_tier_for_task
 BYTES_PER_TOKEN = 4
 """Rule of thumb for English text, see https://platform.openai.com/tokenizer; used to compare with windows."""
 
+TOKENS_AROUND_A_MESSAGE = 16
+"""What a chat format adds to a message at most; OpenAI's and Anthropic's formats add 3 to 8."""
+
 FALLBACK = {
     ModelTier.CHEAP: (ModelTier.CHEAP, ModelTier.CAPABLE, ModelTier.PREMIUM),
     ModelTier.CAPABLE: (ModelTier.CAPABLE, ModelTier.PREMIUM, ModelTier.CHEAP),
@@ -41,6 +44,11 @@ class Candidates:
 def estimate_tokens(text_bytes: int) -> int:
     """Return about how many tokens that many bytes of text are."""
     return -(-text_bytes // BYTES_PER_TOKEN)
+
+
+def most_tokens(job: Job) -> int:
+    """Return more tokens than the prompt can be: none is shorter than a byte, and each message adds a few."""
+    return job.text_bytes + TOKENS_AROUND_A_MESSAGE * (len(job.turns) + 1)
 
 
 def output_limit(job: Job, model: ModelInfo, default_max_tokens: int) -> int:

@@ -99,6 +99,12 @@ class Runner:
                 return self._patiently(lambda: self._wait(accepted[0])).to_result()
         return result
 
+    def close(self) -> None:
+        """Write down what Redis has not been told yet, for a few seconds, and give connections back."""
+        self._executor.close()
+        self._inbox.close()
+        self._records.close()
+
     def _wait(self, job_id: str) -> Record:
         """Return the record of a job that ends; raises ``ResultTimeoutError`` when it may be time to run it."""
         seconds = self._records.due_in_seconds(job_id)

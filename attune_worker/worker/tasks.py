@@ -8,7 +8,7 @@ from typing import Any
 
 from celery import Task, shared_task
 from celery.exceptions import Ignore
-from celery.signals import worker_ready, worker_shutdown
+from celery.signals import worker_process_shutdown, worker_ready, worker_shutdown
 
 from attune_worker.app import RUN_JOB, SUBMIT_JOB
 from attune_worker.worker.request import HIDDEN
@@ -76,3 +76,13 @@ def stop_sweeper(sender: Any, **_: Any) -> None:
     """Leave that to the other workers."""
     if sweeper := _sweepers.pop(sender.hostname, None):
         sweeper.stop()
+
+
+@worker_shutdown.connect  # type: ignore[untyped-decorator]
+@worker_process_shutdown.connect  # type: ignore[untyped-decorator]
+def close_runner(**_: Any) -> None:
+    """Write down what this process still keeps; its jobs have ended. A pool's process ends without atexit."""
+    with _lock:
+        runner = _runners.pop(os.getpid(), None)
+    if runner is not None:
+        runner.close()

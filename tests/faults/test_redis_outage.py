@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,16 +20,18 @@ import pytest
 from redis import Redis
 
 from attune_worker.budget import Budgets
+from attune_worker.client import Client
 from attune_worker.errors import AttuneError, DeadlineExceededError, NotNowError
-from attune_worker.jobs import Job
+from attune_worker.jobs import Job, JobStatus
 from attune_worker.limits import Limits
+from attune_worker.local import LocalWorker
 from attune_worker.models.breaker import CircuitBreaker
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.store.keys import FleetKeys
-from tests.conftest import API_KEY
+from tests.conftest import API_KEY, Environ, process_environ
 
 Until = Callable[[Callable[[], Any]], Any]
 JOB = Job.parse({"task_type": "summarize", "prompt": "a prompt", "model": "gpt-6-luna", "max_tokens": 50})
@@ -357,3 +362,72 @@ def test_what_the_fleet_knew_still_holds_when_redis_goes(
     with pytest.raises(NotNowError, match="as far as this process knows"):
         executor.execute(JOB, patience_seconds=0)
     assert simulator.invoice()["count"] == 0
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo", "prefork"])
+def test_worker_that_is_stopped_writes_what_it_keeps(
+    own_server: EmbeddedRedis,
+    redis_server: EmbeddedRedis,
+    make_environ: Environ,
+    simulator: Simulator,
+    start_worker: Callable[..., LocalWorker],
+    until: Until,
+    tmp_path: Path,
+    pool: str,
+) -> None:
+    """Redis goes in the middle of a call and is back after SIGTERM: the last try is not left to the outage's turn."""
+    config = tmp_path / "attune.toml"
+    config.write_text('[[budgets]]\nper = "day"\nlimit_usd = 1\n')
+    environ = make_environ(
+        simulator,
+        CONFIG=config,
+        REDIS_URL=own_server.url,
+        BROKER_URL=redis_server.url,
+        RESULT_BACKEND=redis_server.url,
+        REDIS_TIMEOUT_SECONDS=0.5,
+    )
+    settings = Settings.load(environ=environ)
+    worker = start_worker(environ, pool=pool, concurrency=2)
+    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": 0.5})
+    with closing(Client(settings)) as client:
+        handle = client.submit("summarize", "?")
+        until(lambda: handle.status() is JobStatus.RUNNING and simulator.requests()["in_flight"])
+        own_server.stop()
+        until(lambda: worker.log.read_text().count("waiting for Redis") > 1)
+        assert billed(simulator) > 0
+        worker.terminate()
+        if pool != "solo":  # which looks at the signal when its job is done
+            until(lambda: "Warm shutdown" in worker.log.read_text())
+        own_server.start()
+        assert worker.process is not None
+        assert worker.process.wait(30) == 0
+        assert handle.status() is JobStatus.SUCCEEDED
+    [status] = Budgets(settings).status()
+    assert (status.spent_usd, status.reserved_usd) == (billed(simulator), 0)
+    assert "Traceback" not in worker.log.read_text()
+
+
+def test_program_that_ends_without_close_writes_what_it_keeps(
+    own_server: EmbeddedRedis, environ: dict[str, str], settings: Settings, redis: Redis, simulator: Simulator
+) -> None:
+    """A script that nobody taught to close its executor; a child that it forked has nothing to write."""
+    program = """
+        import os
+        from attune_worker.models.executor import EmpathyLLMExecutor
+
+        executor = EmpathyLLMExecutor()
+        executor.run("summarize", "a prompt", model="gpt-6-luna")
+        print("called", flush=True)
+        if (child := os.fork()) == 0:
+            raise SystemExit(len(executor._admission._unsettled))
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    own_server.stop()
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], env=process_environ(environ), stdout=subprocess.PIPE
+    ) as script:
+        assert script.stdout is not None
+        assert script.stdout.readline() == b"called\n"
+        own_server.start()
+        assert script.wait(30) == 0
+    assert calls(redis, settings) == simulator.invoice()["count"] == 1

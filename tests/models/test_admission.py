@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -124,7 +125,7 @@ def test_budget_without_room_for_the_first_model_goes_to_one_that_fits(
     fields = {"task_type": "summarize", "prompt": "?", "tier_hint": "capable", "max_tokens": 60}
     caller = make_executor()._caller
     models = caller.candidates(Job.parse(fields)).models
-    worst = [caller._worst_case(Job.parse(fields), model) for model in models[:2]]
+    worst = [caller._most_usd(Job.parse(fields), model) for model in models[:2]]
     assert worst[0] is not None
     assert worst[1] is not None
     executor = make_executor(budgets=[{"per": "day", "limit_usd": (worst[0] + worst[1]) / 2}])
@@ -138,7 +139,7 @@ def test_retry_needs_room_of_its_own(make_executor: Callable[..., EmpathyLLMExec
     behave(simulator, errors={"truncated": 1})
     unlimited = make_executor()
     quote = next(iter(unlimited.registry.find("openai/gpt-6-luna")))
-    worst = unlimited._caller._worst_case(LUNA, quote)
+    worst = unlimited._caller._most_usd(LUNA, quote)
     assert worst is not None
     executor = make_executor(budgets=[{"per": "day", "limit_usd": worst * Decimal("1.5")}])
     with pytest.raises(BudgetExceededError) as caught:
@@ -425,6 +426,47 @@ def test_leave_that_comes_after_the_cancellation_is_given_back(
     assert the_budget(executor) == before
     assert Limits(executor.settings).status()["openai"].in_flight == 0
     assert seen(simulator) == [200]
+
+
+def test_interrupted_admission_gives_leave_back(
+    make_executor: Callable[..., EmpathyLLMExecutor],
+    settings: Settings,
+    simulator: Simulator,
+    redis: Redis,
+    until: Until,
+) -> None:
+    """Ctrl-C falls into the wait for Redis' answer: nothing stays reserved, nothing is called."""
+    executor = make_executor(budgets=[{"per": "day", "limit_usd": 1}])
+    assert outcome_of(lambda: executor.execute(LUNA)) == "succeeded"
+    before = the_budget(executor)
+    redis.client_pause(20_000, all=False)
+
+    def interrupt() -> None:
+        until(lambda: any("b" in client["flags"] for client in redis.client_list()))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        executor.execute(LUNA)
+    interrupter.join()
+    redis.client_unpause()
+    calls = f"{FleetKeys(settings.namespace).tag}:call:*"
+    until(lambda: b"released" in {redis.hget(key, "outcome") for key in redis.scan_iter(match=calls)})
+    assert the_budget(executor) == before
+    assert seen(simulator) == [200]
+
+
+def test_money_that_is_only_reserved_is_waited_for(
+    make_executor: Callable[..., EmpathyLLMExecutor], simulator: Simulator
+) -> None:
+    """Ten calls, of whose worst cases three fit together: the others wait for what those give back."""
+    behave(simulator, latency={"kind": "fixed", "seconds": 0.2})
+    executor = make_executor(budgets=[{"per": "day", "limit_usd": "0.0001"}])  # three at once
+    with ThreadPoolExecutor(10) as threads:
+        ends = list(threads.map(lambda _: outcome_of(lambda: executor.execute(LUNA)), range(10)))
+    assert set(ends) == {"succeeded"}
+    assert the_budget(executor).spent_usd == billed(simulator)
 
 
 SKEWED = """

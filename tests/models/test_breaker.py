@@ -385,6 +385,24 @@ class TestOperators:
         assert still_open("a") == names[3:]
         assert still_open() == []
 
+    def test_reset_finds_what_the_index_has_lost(
+        self, breaker: CircuitBreaker, redis: Redis, settings: Settings
+    ) -> None:
+        """An evicted index hides no circuit of a configured provider, and none is made that was not there."""
+        index = FleetKeys(settings.namespace).circuits
+        for which in [("anthropic",), ()]:
+            for tier in ("cheap", None):
+                breaker.trip("anthropic", tier)
+            breaker.trip("openai", "premium")
+            redis.delete(index)
+            breaker.reset(*which)
+            found = {name: one["is_open"] for name, one in breaker.get_status().items()}
+            assert found == {"anthropic:cheap": False, "anthropic:*": False} | (
+                {} if which else {"openai:premium": False}
+            )
+            assert breaker.is_available("anthropic", "cheap")
+            assert breaker.is_available("openai", "premium") is not bool(which)
+
     def test_names_never_collide(self, breaker: CircuitBreaker) -> None:
         """Whatever they hold; each is found again in the status."""
         names = [

@@ -22,8 +22,20 @@ from attune_worker.errors import (
 from attune_worker.jobs import Attempt, Job, ModelTier
 from attune_worker.models.adaptive import AdaptiveModelRouter
 from attune_worker.models.admission import Outcome, Permit, Refusal
-from attune_worker.models.flow import ADMITTED_TOGETHER, Admit, Caller, Effect, Flow, Send, Settle, Start, Wait
-from attune_worker.models.registry import Registry
+from attune_worker.models.flow import (
+    ADMITTED_TOGETHER,
+    Admit,
+    Caller,
+    Effect,
+    Flow,
+    Rank,
+    Reply,
+    Send,
+    Settle,
+    Start,
+    Wait,
+)
+from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.providers.base import HttpResponse
 from attune_worker.settings import Settings
 
@@ -55,6 +67,33 @@ FAILED = Attempt(
 )
 
 
+class Ranked:
+    """A flow whose first effect, the ranking, is performed by itself."""
+
+    def __init__(self, caller: Caller, flow: Flow) -> None:
+        self._caller = caller
+        self._flow = flow
+        self._begun = False
+
+    def send(self, reply: Reply) -> Effect:
+        if not self._begun:
+            self._begun = True
+            effect = self._flow.send(None)
+            assert isinstance(effect, Rank)
+            reply = self._caller.rank(effect.job, None)
+        return self._flow.send(reply)
+
+    def refused(self, refusal: Refusal) -> Effect:
+        """Refuse all that is asked for, and return what the flow does then."""
+        effect = self.send(refusal)
+        while isinstance(effect, Admit):
+            effect = self.send(refusal)
+        return effect
+
+    def close(self) -> None:
+        self._flow.close()
+
+
 class Lab:
     """Flows of one caller; what was abandoned is kept."""
 
@@ -65,8 +104,11 @@ class Lab:
         self.router = AdaptiveModelRouter(settings, registry)
         self._caller = Caller(settings, registry, self.router, lambda *ended: self.abandoned.append(ended))
 
-    def flow(self, job: Job = JOB, **start: Any) -> Flow:
-        return self._caller.flow(Start(job, **start))
+    def candidates(self) -> tuple[ModelInfo, ...]:
+        return self._caller.candidates(JOB).models
+
+    def flow(self, job: Job = JOB, **start: Any) -> Ranked:
+        return Ranked(self._caller, self._caller.flow(Start(job, **start)))
 
 
 @pytest.fixture
@@ -93,9 +135,9 @@ def permit(effect: Effect, place: int = 0) -> Permit:
     return Permit(request.call_id, request.job, request.quotes[place], (), 1_795_392_000_000)
 
 
-def error_of(flow: Flow, reply: Any) -> ExecutionError:
+def error_of(flow: Ranked, reply: Any) -> ExecutionError:
     with pytest.raises(ExecutionError) as caught:
-        flow.send(reply)
+        flow.refused(reply)
     return caught.value
 
 
@@ -154,8 +196,33 @@ def test_short_refusal_is_waited_for_and_asked_again(lab: Lab) -> None:
     """As long as it was told to."""
     flow = lab.flow()
     permit(flow.send(None))
-    assert flow.send(Refusal("busy", 1.5)) == Wait(1.5)
+    assert flow.refused(Refusal("busy", 1.5)) == Wait(1.5)
     assert isinstance(flow.send(None), Admit)
+
+
+def test_every_candidate_is_asked_before_the_job_waits(lab: Lab) -> None:
+    """A few at a time: one that is free may stand behind many that are not."""
+    flow = lab.flow()
+    asked = []
+    effect = flow.send(None)
+    while isinstance(effect, Admit):
+        asked.append([quote.model.ref for quote in effect.request.quotes])
+        effect = flow.send(Refusal("busy", 10.0 - len(asked)))
+    names = [name for group in asked for name in group]
+    assert len(asked) > 1
+    assert all(len(group) <= ADMITTED_TOGETHER for group in asked)
+    assert len(set(names)) == len(names) == len(lab.candidates())
+    assert effect == Wait(10.0 - len(asked))  # the soonest of all
+
+
+def test_money_is_the_reason_only_where_it_is_for_all(lab: Lab) -> None:
+    """A model that may be called in a while is worth waiting for."""
+    flow = lab.flow()
+    effect = flow.send(None)
+    assert isinstance(effect, Admit)
+    effect = flow.send(Refusal("no money", 3600.0, for_budget=True))
+    assert isinstance(effect, Admit)
+    assert flow.refused(Refusal("busy", 1.5)) == Wait(1.5)
 
 
 def test_refusal_beyond_patience_puts_the_job_back(lab: Lab) -> None:
@@ -263,7 +330,7 @@ def test_nothing_is_settled_that_was_not_taken(lab: Lab, closed_at: str) -> None
     if closed_at != "before the first step":
         permit(flow.send(None))
     if closed_at == "while waiting":
-        assert isinstance(flow.send(Refusal("busy", 1.0)), Wait)
+        assert isinstance(flow.refused(Refusal("busy", 1.0)), Wait)
     flow.close()
     assert lab.abandoned == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from attune_worker.jobs import Job
 from attune_worker.limits import Limits
 from attune_worker.models.admission import Admission, Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.registry import Registry
+from attune_worker.providers.rate_headers import Allowance, Observed
 from attune_worker.settings import Settings
 from attune_worker.store.circuits import Circuits
 from attune_worker.store.keys import FleetKeys
@@ -252,6 +254,93 @@ def test_settlement_after_its_intent_is_gone_is_charged_in_full(
     admission.settle(never_asked, UNKNOWN_COST)
     assert [total for total, _ in spent(limited)] == [Decimal("1.25")]
     assert failures(redis, limited) == b"1"
+
+
+def settle_late(admission: Admission, taken: Permit, outcome: Outcome, seconds: float) -> None:
+    """Write a settlement of a call that ended so long ago, as the backlog does after an outage."""
+    keys, text = admission._settlement(taken, outcome)
+    told = json.loads(text)
+    admission._write((keys, json.dumps({**told, "ended_ms": told["ended_ms"] - round(seconds * 1000)})))
+
+
+def never_asked(request: Request) -> Permit:
+    """Return leave that a process gave itself while Redis was away."""
+    return Permit(request.call_id, request.job, request.quotes[0], (), 0)
+
+
+@pytest.mark.parametrize(("seconds", "state_after"), [(0.5, b"open"), (3.0, b"open"), (7.0, None)])
+def test_failures_of_an_outage_that_is_over_open_no_circuit(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings, seconds: float, state_after: bytes | None
+) -> None:
+    """Of calls made without Redis, what is older than five seconds says nothing of now; it is counted all the same."""
+    for _ in range(5):
+        settle_late(admission, never_asked(ask()), BROKEN, seconds)
+    keys = FleetKeys(limited.namespace)
+    assert redis.hget(keys.circuit("anthropic", "cheap"), "state") == state_after
+    assert redis.scard(keys.circuits) == (0 if state_after is None else 1)
+    assert stats(redis, limited)["calls"] == 5
+
+
+def test_old_success_clears_no_new_failures(admission: Admission, ask: Ask, redis: Any, limited: Settings) -> None:
+    """The provider was well then; that it is in trouble now is known better."""
+    for _ in range(4):
+        admission.settle(permit(admission, ask()), BROKEN)
+    settle_late(admission, never_asked(ask()), DONE, 60)
+    assert failures(redis, limited) == b"4"
+
+
+def test_late_result_of_a_probe_still_frees_its_circuit(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings
+) -> None:
+    """It was asked for, and nobody else may try before it is there."""
+    Circuits(limited, limited.breaker).open(("anthropic", "cheap"), 600_000)
+    circuit = FleetKeys(limited.namespace).circuit("anthropic", "cheap")
+    redis.hset(circuit, "retry_ms", 1)  # that much later
+    settle_late(admission, permit(admission, ask()), DONE, 60)
+    assert redis.hget(circuit, "state") == b"closed"
+
+
+@pytest.mark.parametrize(("late_seconds", "left_seconds"), [(0, 30), (4, 26), (20, 10), (31, 0)])
+def test_wait_that_the_provider_asked_for_runs_from_the_end_of_the_call(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings, late_seconds: float, left_seconds: float
+) -> None:
+    """Not from when it was written: the outage was part of the wait."""
+    outcome = Outcome("failed", "ignored", 30, Decimal(0), 0, error="rate_limited", retry_after=30, rate_limited=True)
+    settle_late(admission, permit(admission, ask()), outcome, late_seconds)
+    keys = FleetKeys(limited.namespace)
+    until_ms = redis.hget(keys.limits("anthropic", "claude-haiku-5-5"), "cooldown_ms")
+    assert (until_ms is None) == (left_seconds == 0)
+    if until_ms is not None:
+        seconds, micros = redis.time()
+        left = int(until_ms) / 1000 - seconds - micros / 1e6
+        assert left_seconds - 3 < left <= left_seconds
+
+
+@pytest.mark.parametrize(("seconds", "open_seconds"), [(3.0, 597), (400.0, None)])
+def test_open_time_that_the_provider_asked_for_runs_from_then_as_well(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings, seconds: float, open_seconds: float | None
+) -> None:
+    """A circuit that opens by a late failure is not held for longer than the provider wanted."""
+    taken = [permit(admission, ask(worst_usd="0.01")) for _ in range(5)]
+    for one in taken:
+        settle_late(admission, one, replace(BROKEN, retry_after=seconds + (open_seconds or -100)), seconds)
+    found = redis.hmget(FleetKeys(limited.namespace).circuit("anthropic", "cheap"), "opened_ms", "retry_ms")
+    opened_ms, retry_ms = (int(text) for text in found)
+    expected = open_seconds or limited.breaker.recovery_timeout_seconds
+    assert expected - 3 < (retry_ms - opened_ms) / 1000 <= expected
+
+
+@pytest.mark.parametrize(("seconds", "learned"), [(0, b"50"), (7, None)])
+def test_old_headers_teach_nothing(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings, seconds: float, learned: bytes | None
+) -> None:
+    """What was left then, others may have used since, and the reset is over."""
+    observed = Observed(requests=Allowance(limit=50, remaining=0, reset_ms=20_000))
+    settle_late(admission, permit(admission, ask()), replace(DONE, observed=observed), seconds)
+    found = redis.hmget(
+        FleetKeys(limited.namespace).limits("anthropic", "claude-haiku-5-5"), "requests_limit", "paused_ms"
+    )
+    assert (found[0], found[1] is None) == (learned, learned is None)
 
 
 def test_settlement_after_its_lease_has_run_out_still_counts(

@@ -113,6 +113,17 @@ def test_close_says_what_it_could_not_write(store: Store, caplog: pytest.LogCapt
     store.there = True
 
 
+def test_nothing_goes_on_after_the_close(store: Store, until: Until) -> None:
+    """What could not be written in that time is given up, and no thread keeps on trying."""
+    store.there = False
+    store.backlog.add(1)
+    thread = store.backlog._thread
+    assert thread is not None
+    store.backlog.close(0.05)
+    until(lambda: not thread.is_alive())
+    store.there = True
+
+
 def test_full_is_said_before_memory_is(store: Store) -> None:
     """Whoever would need a place begins nothing; what is under way still finds one."""
     store.gate.clear()
@@ -144,3 +155,27 @@ def test_fork_writes_only_its_own(store: Store, until: Until) -> None:
     os.close(write)
     until(lambda: not len(store.backlog))
     assert store.written == [1]
+
+
+def test_fork_under_a_crowd_finds_no_lock_held(store: Store) -> None:
+    """Whoever held it is not in the child."""
+    with store.backlog._lock:
+        if (child := os.fork()) == 0:
+            store.backlog.add(1)
+            store.backlog.close(30)
+            os._exit(0 if store.written == [1] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_end_of_the_process_closes_those_that_nobody_closed(store: Store) -> None:
+    """One that was closed had its time, and is not waited for again."""
+    given_up = Store()
+    given_up.there = False
+    given_up.backlog.add(1)
+    given_up.backlog.close(0)
+    store.gate.clear()
+    store.backlog.add(2)
+    store.gate.set()
+    module._close_all()
+    assert (store.written, given_up.written) == ([2], [])
+    given_up.there = True

@@ -14,7 +14,7 @@
 local request = cjson.decode(ARGV[1])
 local now = now_in_ms()
 local KEYS_PER_CANDIDATE = 5
-local PROBING_MS = 1000 -- a probe may be done long before its lease ends
+local SOON_MS = 1000 -- when to look again for what may end at any time: a probe, or a call that has reserved money
 local first_budget = 3 + #request.candidates * KEYS_PER_CANDIDATE
 
 local state, place, generation = unpack(read(KEYS[1], 'state', 'place', 'generation'))
@@ -32,7 +32,10 @@ local function look(candidate, base)
   looked.limits = limits_look(KEYS[base + 3], KEYS[base + 4], KEYS[base + 5], now, candidate.want)
   for _, one in ipairs(candidate.budgets) do
     local budget = budget_look(KEYS[first_budget + one.key + 1], now, one.want)
-    if not budget.allowed then
+    if budget.reason == 'budget_reserved' then
+      looked.retry_at = now + SOON_MS
+      looked.refusal = { 'wait', integer(looked.retry_at), budget.reason, '', -1 }
+    elseif not budget.allowed then
       looked.refusal = { 'budget', integer(budget.resets_at), budget.reason, integer(budget.left_nano), one.key }
       return looked
     end
@@ -43,7 +46,7 @@ local function look(candidate, base)
   end
   for _, part in ipairs({ looked.circuit, looked.provider, looked.limits }) do
     if part.reason == 'probing' then
-      part.retry_at = math.min(part.retry_at, now + PROBING_MS)
+      part.retry_at = math.min(part.retry_at, now + SOON_MS)
     end
     if not part.allowed and (not looked.refusal or part.retry_at > looked.retry_at) then
       looked.retry_at = part.retry_at

@@ -4,7 +4,8 @@
 --   want     {per = 'day' | 'month', limit_nano, hard, amount_nano (absent: the price is not known), soft_nano (absent:
 --            a hard budget warns of nothing, a soft one at its limit)}
 --   returns  {allowed, left_nano, resets_at (ms), window, over_soft, reason: budget (used up until resets_at),
---            budget_too_small (for this call, in any window), unknown_price; absent when allowed}
+--            budget_reserved (calls under way may give back enough), budget_too_small (for this call, in any
+--            window), unknown_price; absent when allowed}
 -- budget_take(look, now)   counts the amount as reserved
 -- budget_settle(key, now, settled)   once per call, by care of the caller
 --   settled  {per, window (of its admission), reserved_nano, cost_nano (absent: not known, the reservation counts as
@@ -91,6 +92,9 @@ local function budget_look(key, now, want)
     look.allowed, look.reason = false, 'unknown_price'
   elseif want.hard and amount > 0 and used + amount > limit then -- what is free passes no limit
     look.allowed, look.reason = false, amount > limit and 'budget_too_small' or 'budget'
+    if used - reserved + amount <= limit then
+      look.reason = 'budget_reserved'
+    end
   end
   return look
 end

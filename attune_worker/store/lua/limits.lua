@@ -6,26 +6,35 @@
 --   returns  {allowed, retry_at (ms, the earliest), reason (of the rule that holds out longest): cooldown,
 --            provider_limit (from the provider's headers), requests_per_minute, tokens_per_minute, concurrency}
 -- limits_line_up(look, now)   who comes back at look.retry_at stands in line: the next one is told to come later
--- limits_take(look, now, call_id, lease_ms)   reserves a request, the tokens, and a slot until the lease ends
+-- limits_take(look, now, call_id, lease_ms)   reserves a request, the tokens, and a slot until the lease ends; a line
+--   whose turn nobody took is dropped
 -- limits_settle(provider_key, model_key, slots_key, now, settled)   once per call, by care of the caller
 --   settled  {call, reserved_tokens, used_tokens (absent: not known, the reservation stands), released (the call was
 --            never made: everything comes back), admitted_ms (when it was taken, absent: not known), cooldown_ms,
 --            reason, requests_per_minute, tokens_per_minute, burst_ms,
 --            observed = {requests = {limit, remaining, reset_ms}, tokens = {the same}}}
 --
--- provider hash  requests_tat tokens_tat requests_full tokens_full line_ms (when the next one in line may come)
--- model hash     the same five for limits that were learned; requests_limit requests_learned tokens_limit
+-- provider hash  requests_tat tokens_tat requests_full tokens_full requests_window tokens_window
+--                line_ms (when the next one in line may come)
+-- model hash     the same seven for limits that were learned; requests_limit requests_learned tokens_limit
 --                tokens_learned (ms); cooldown_ms cooldown_reason paused_ms (both: until)
 -- slots zset     call id -> end of its lease, ms
 -- TTL            hashes an hour, and longer than the cooldown; slots a day
 --
--- The buckets are GCRA: one time (tat) says when a bucket is full again. Its rate is limit / (60 s + burst), and it
--- holds burst seconds of that: whatever 60 s are looked at, they see at most the full bucket and 60 s of refill,
--- which is the limit. (A bucket holds one request at least; one request and 60 s of refill still round down to the
--- limit.) A call with more tokens than the bucket holds waits until it is full, and leaves a debt. Written times
--- are rounded up, so that no rounding lets more through.
+-- The buckets are GCRA and pace the calls: one time (tat) says when a bucket is full again. Its rate is
+-- limit / (60 s + burst), and it holds burst seconds of that: a full bucket and 60 s of refill are the limit. (A bucket
+-- holds one request at least.) A call with more tokens than the bucket holds waits until it is full, and leaves a debt.
+-- Written times are rounded up, so that no rounding lets more through.
 -- *_full is the latest time at which a call found the bucket full: what was reserved before then, time has paid
--- back already, and giving it back again would let it through twice.
+-- back already, and giving it back again would let it through twice. Of what was reserved later time may have paid
+-- back a part, and the bucket does not know which; so it paces, and cannot vouch for the limit.
+--
+-- The windows do: *_window is 'slot:count slot:count ...', what was taken in each slot of five seconds (its number since
+-- 1970), by the time of admission; at settlement the slot of the admission is put right. The last 60 s, in whole slots,
+-- and the call must come to no more than the limit, so that no 60 s see more, in tokens as used, or as reserved while
+-- the call runs. Two go beyond: a call that used more than it had reserved, and one that is larger than the limit
+-- itself; that one waits until the window is empty, or it would wait for ever, and all others wait until it has left.
+-- (Calls from before a limit was learned are not in its window.)
 local LIMITS = {
   minute_ms = 60000,
   hour_ms = 3600000,
@@ -35,10 +44,33 @@ local LIMITS = {
   relearn_ms = 60000, -- the same limit is not written more often
   longest_pause_ms = 120000,
   longest_cooldown_ms = 604800000,
-  longest_line_ms = 300000, -- so far ahead calls are told when to come back
+  longest_line_ms = 120000, -- so far ahead calls are told when to come back
+  slot_ms = 5000, -- of a window
+  window_slots = 12, -- before the present one
+  window_size = 1024, -- no text of ours is longer
+  highest_count = 1e14,
 }
 
-local function limits_bucket(name, limit, burst_ms, least, now, tat, full)
+-- What was taken in the slots that the last minute touches, and the sum. Slots ahead are of a clock that went back.
+local function limits_window(text, present)
+  local window, sum = {}, 0
+  if not text or #text > LIMITS.window_size then
+    return window, sum
+  end
+  for word in string.gmatch(text, '%S+') do
+    local slot, count = string.match(word, '^(%d+):(%d+)$')
+    slot, count = number(slot, 0), number(count, math.huge)
+    if count > LIMITS.highest_count then -- not ours
+      return {}, 0
+    end
+    if math.abs(slot - present) <= LIMITS.window_slots and not window[slot] then
+      window[slot], sum = count, sum + count
+    end
+  end
+  return window, sum
+end
+
+local function limits_bucket(name, limit, burst_ms, least, now, tat, full, window)
   limit = number(limit, 0)
   if limit <= 0 then
     return nil
@@ -50,23 +82,50 @@ local function limits_bucket(name, limit, burst_ms, least, now, tat, full)
     tat = now
   end
   full = number(full, 0)
+  local present = math.floor(now / LIMITS.slot_ms)
+  local slots, taken = limits_window(window, present)
   return {
     name = name,
+    limit = limit,
+    present = present,
+    window = slots,
+    taken = taken,
     unit_ms = unit_ms,
     holds_ms = math.max(burst_ms, least * unit_ms),
     tat = math.max(tat, now),
     found_full = tat <= now,
+    full_ms = math.max(now - tat, 0),
     full = full <= now and full or 0,
   }
 end
 
 local function limits_ready_at(bucket, amount)
-  return bucket.tat - (bucket.holds_ms - math.min(amount * bucket.unit_ms, bucket.holds_ms))
+  local ready_at = bucket.tat - (bucket.holds_ms - math.min(amount * bucket.unit_ms, bucket.holds_ms))
+  local taken, slot = bucket.taken, bucket.present - LIMITS.window_slots
+  while taken > 0 and taken + amount > bucket.limit and slot <= bucket.present + LIMITS.window_slots do
+    if bucket.window[slot] then
+      taken = taken - bucket.window[slot]
+      ready_at = math.max(ready_at, (slot + 1) * LIMITS.slot_ms + LIMITS.minute_ms) -- then the slot has left
+    end
+    slot = slot + 1
+  end
+  return ready_at
 end
 
 local function limits_move(bucket, amount, now)
   local tat = math.min(math.max(bucket.tat + amount * bucket.unit_ms, now), now + LIMITS.hour_ms - 1)
   return bucket.name .. '_tat', string.format('%.3f', math.ceil(tat * 1000) / 1000)
+end
+
+local function limits_count(bucket, amount, at)
+  local slot, words = math.floor(at / LIMITS.slot_ms), {}
+  bucket.window[slot] = math.min(math.max((bucket.window[slot] or 0) + amount, 0), LIMITS.highest_count)
+  for one = bucket.present - LIMITS.window_slots, bucket.present + LIMITS.window_slots do
+    if (bucket.window[one] or 0) > 0 then
+      words[#words + 1] = integer(one) .. ':' .. integer(math.ceil(bucket.window[one]))
+    end
+  end
+  return bucket.name .. '_window', table.concat(words, ' ')
 end
 
 local function limits_learned(limit, learned, now)
@@ -83,23 +142,23 @@ local function limits_until(text, now, longest_ms)
 end
 
 -- Both buckets of a hash, as far as there are such limits.
-local function limits_buckets(found, first, requests, tokens, burst_ms, now)
+local function limits_buckets(found, requests, tokens, burst_ms, now)
   return {
-    requests = limits_bucket('requests', requests, burst_ms, 1, now, found[first], found[first + 1]),
-    tokens = limits_bucket('tokens', tokens, burst_ms, 0, now, found[first + 2], found[first + 3]),
+    requests = limits_bucket('requests', requests, burst_ms, 1, now, found[1], found[2], found[3]),
+    tokens = limits_bucket('tokens', tokens, burst_ms, 0, now, found[4], found[5], found[6]),
   }
 end
 
 local function limits_model(model_key, burst_ms, now)
-  local found = read(model_key, 'requests_tat', 'requests_full', 'tokens_tat', 'tokens_full', 'cooldown_ms', 'paused_ms',
-    'requests_limit', 'requests_learned', 'tokens_limit', 'tokens_learned')
+  local found = read(model_key, 'requests_tat', 'requests_full', 'requests_window', 'tokens_tat', 'tokens_full',
+    'tokens_window', 'cooldown_ms', 'paused_ms', 'requests_limit', 'requests_learned', 'tokens_limit', 'tokens_learned')
   local model = {
-    cooldown = limits_until(found[5], now, LIMITS.longest_cooldown_ms),
-    paused = limits_until(found[6], now, LIMITS.longest_pause_ms),
-    requests = { limits_learned(found[7], found[8], now) },
-    tokens = { limits_learned(found[9], found[10], now) },
+    cooldown = limits_until(found[7], now, LIMITS.longest_cooldown_ms),
+    paused = limits_until(found[8], now, LIMITS.longest_pause_ms),
+    requests = { limits_learned(found[9], found[10], now) },
+    tokens = { limits_learned(found[11], found[12], now) },
   }
-  model.buckets = limits_buckets(found, 1, model.requests[1], model.tokens[1], burst_ms, now)
+  model.buckets = limits_buckets(found, model.requests[1], model.tokens[1], burst_ms, now)
   return model
 end
 
@@ -107,8 +166,9 @@ local function limits_provider(provider_key, limits, now)
   if not limits.requests_per_minute and not limits.tokens_per_minute then
     return {}
   end
-  local found = read(provider_key, 'requests_tat', 'requests_full', 'tokens_tat', 'tokens_full')
-  return limits_buckets(found, 1, limits.requests_per_minute, limits.tokens_per_minute, limits.burst_ms, now)
+  local found = read(provider_key, 'requests_tat', 'requests_full', 'requests_window', 'tokens_tat', 'tokens_full',
+    'tokens_window')
+  return limits_buckets(found, limits.requests_per_minute, limits.tokens_per_minute, limits.burst_ms, now)
 end
 
 local function limits_look(provider_key, model_key, slots_key, now, want)
@@ -166,11 +226,13 @@ end
 
 local function limits_take(look, now, call_id, lease_ms)
   for _, hash in ipairs({ look.provider, look.model }) do
-    local fields = {}
+    local fields, nobody_came = {}, true
     for name, amount in pairs({ requests = 1, tokens = look.tokens }) do
       local bucket = hash.buckets[name]
       if bucket then
         fields[#fields + 1], fields[#fields + 2] = limits_move(bucket, amount, now)
+        fields[#fields + 1], fields[#fields + 2] = limits_count(bucket, amount, now)
+        nobody_came = nobody_came and bucket.found_full and bucket.full_ms >= amount * bucket.unit_ms
         if bucket.found_full then
           fields[#fields + 1], fields[#fields + 2] = name .. '_full', integer(now)
         end
@@ -179,6 +241,9 @@ local function limits_take(look, now, call_id, lease_ms)
     if #fields > 0 then
       redis.call('HSET', hash.key, unpack(fields))
       redis.call('PEXPIRE', hash.key, LIMITS.hour_ms)
+      if nobody_came then -- full for longer than a turn lasts: those in line were cancelled, or gave up
+        redis.call('HDEL', hash.key, 'line_ms')
+      end
     end
   end
   own(look.slots_key, 'zset')
@@ -196,9 +261,14 @@ local function limits_correct(fields, buckets, settled, now)
   }
   for name, amount in pairs(change) do
     local bucket = buckets[name]
-    local paid_back = bucket and amount < 0 and bucket.full > number(settled.admitted_ms, math.huge)
-    if bucket and amount ~= 0 and not paid_back then
-      fields[#fields + 1], fields[#fields + 2] = limits_move(bucket, amount, now)
+    if bucket and amount ~= 0 then
+      local admitted_ms = number(settled.admitted_ms, nil)
+      if amount > 0 or bucket.full <= (admitted_ms or math.huge) then
+        fields[#fields + 1], fields[#fields + 2] = limits_move(bucket, amount, now)
+      end
+      if amount > 0 or admitted_ms then
+        fields[#fields + 1], fields[#fields + 2] = limits_count(bucket, amount, admitted_ms or now)
+      end
     end
   end
 end

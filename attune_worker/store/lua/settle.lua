@@ -1,16 +1,28 @@
 -- SETTLE: what a call did, written once however often it arrives: breaker, limits, budgets and telemetry.
--- A call without an intent (it was made while Redis was away) is charged in full and counts all the same.
+-- A call without an intent (it was made while Redis was away) is charged in full and counts all the same. One that
+-- ended a while ago tells nothing of now: see `age` below.
 --
 -- KEYS  1 call  2 open calls  3 circuits  4 circuit of the tier  5 circuit of the provider  6 limits of the provider
 --       7 limits of the model  8 slots of the provider  9 stats of the day  10 evidence of the stage
 --       11 evidence of the workflow  12 evidence of the fleet  13 stages; then the budgets
--- ARGV  1 JSON: {call, ref, retention_s, outcome: succeeded | failed | released (the call was never made), names
---       (provider and tier as JSON), rules, result (see breaker.lua), limits (see limits.lua), budgets: [{per, limit_nano,
+-- ARGV  1 JSON: {call, ref, retention_s, outcome: succeeded | failed | released (the call was never made),
+--       ended_ms (when it ended, by this clock), names (provider and tier as JSON), rules, result (see breaker.lua), limits (see limits.lua), budgets: [{per, limit_nano,
 --       reserved_nano, cost_nano}], cost_nano, call_of (what telemetry.lua counts; absent when released)}
 -- Returns {'settled' | 'again' | 'other' (released, but leave was given for another model: nothing is done), what became of the circuit or '', {soft budgets that were passed just now}}
 -- TTL   call: the retention time, in which a second settlement is known for one
+-- How much of a wait that began with the end of the call is still to come; nil when it is over.
+local function left_of(wait_ms, age_ms)
+  local left = number(wait_ms, 0) - age_ms
+  return left > 0 and left or nil
+end
+
 local request = cjson.decode(ARGV[1])
 local now = now_in_ms()
+local OLD_MS = 5000
+local CLOCKS_MS = 1000 -- less than that may as well be what the worker's idea of our clock is wrong by
+local age = now - number(request.ended_ms, now)
+age = age < CLOCKS_MS and 0 or age
+local old = age > OLD_MS
 local state, ref, generation, probed, tokens, windows, admitted_ms =
   unpack(read(KEYS[1], 'state', 'ref', 'generation', 'probed', 'tokens', 'windows', 'admitted_ms'))
 if state == 'settled' then
@@ -26,12 +38,16 @@ redis.call('HSET', KEYS[1], 'state', 'settled', 'outcome', request.outcome, 'set
 local result = request.result
 result.call = request.call
 result.generation = admitted and number(generation, nil) or nil
-local event = breaker_settle(KEYS[4], now, result, request.rules)
+result.retry_after_ms = left_of(result.retry_after_ms, age)
+local event
+if admitted or not old then -- the circuit knows nothing of a call without an intent, so nobody waits for its result
+  event = breaker_settle(KEYS[4], now, result, request.rules)
+end
 if admitted and number(probed, nil) then -- it was the probe of the provider's own circuit, too
   result.generation = number(probed, nil)
   breaker_settle(KEYS[5], now, result, request.rules)
 end
-if event or result.outcome == 'failure' then
+if event or (result.outcome == 'failure' and (admitted or not old)) then
   breaker_list(KEYS[3], request.names)
 end
 
@@ -39,6 +55,8 @@ local limits = request.limits
 limits.call = request.call
 limits.admitted_ms = admitted and number(admitted_ms, nil) or nil
 limits.reserved_tokens = admitted and number(tokens, 0) or 0
+limits.cooldown_ms = left_of(limits.cooldown_ms, age)
+limits.observed = not old and limits.observed or nil
 limits.released = admitted and request.outcome == 'released'
 limits_settle(KEYS[6], KEYS[7], KEYS[8], now, limits)
 
@@ -47,7 +65,7 @@ local passed = {}
 for index, budget in ipairs(request.budgets) do
   local window = admitted and known and type(window_of) == 'table' and window_of[index]
   if type(window) ~= 'string' or not string.match(window, '^%d%d%d%d%-%d%d') then -- nothing was reserved, so it is all of this window
-    budget.window = budget_window(now, budget.per)
+    budget.window = budget_window(now - age, budget.per)
     budget.cost_nano = budget.cost_nano or budget.reserved_nano
     budget.reserved_nano = 0
   else

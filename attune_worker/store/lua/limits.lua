@@ -29,8 +29,8 @@
 -- back already, and giving it back again would let it through twice. Of what was reserved later time may have paid
 -- back a part, and the bucket does not know which; so it paces, and cannot vouch for the limit.
 --
--- The windows do: *_window is 'slot:count slot:count ...', what was taken in each slot of five seconds (its number since
--- 1970), by the time of admission; at settlement the slot of the admission is put right. The last 60 s, in whole slots,
+-- The windows do: *_window is 'slot:count slot:count ...', what was taken in each slot of five seconds (its number
+-- since 1970), by the time of admission; at settlement the slot of the admission is put right. The last 60 s, in whole slots,
 -- and the call must come to no more than the limit, so that no 60 s see more, in tokens as used, or as reserved while
 -- the call runs. Two go beyond: a call that used more than it had reserved, and one that is larger than the limit
 -- itself; that one waits until the window is empty, or it would wait for ever, and all others wait until it has left.
@@ -51,23 +51,24 @@ local LIMITS = {
   highest_count = 1e14,
 }
 
--- What was taken in the slots that the last minute touches, and the sum. Slots ahead are of a clock that went back.
+-- What was taken in the slots that the last minute touches, the sum, and the slots' words as they were. Slots ahead are
+-- of a clock that went back.
 local function limits_window(text, present)
-  local window, sum = {}, 0
+  local window, sum, words = {}, 0, {}
   if not text or #text > LIMITS.window_size then
-    return window, sum
+    return window, sum, words
   end
   for word in string.gmatch(text, '%S+') do
     local slot, count = string.match(word, '^(%d+):(%d+)$')
     slot, count = number(slot, 0), number(count, math.huge)
     if count > LIMITS.highest_count then -- not ours
-      return {}, 0
+      return {}, 0, {}
     end
     if math.abs(slot - present) <= LIMITS.window_slots and not window[slot] then
-      window[slot], sum = count, sum + count
+      window[slot], sum, words[slot] = count, sum + count, word
     end
   end
-  return window, sum
+  return window, sum, words
 end
 
 local function limits_bucket(name, limit, burst_ms, least, now, tat, full, window)
@@ -83,13 +84,14 @@ local function limits_bucket(name, limit, burst_ms, least, now, tat, full, windo
   end
   full = number(full, 0)
   local present = math.floor(now / LIMITS.slot_ms)
-  local slots, taken = limits_window(window, present)
+  local slots, taken, words = limits_window(window, present)
   return {
     name = name,
     limit = limit,
     present = present,
     window = slots,
     taken = taken,
+    words = words,
     unit_ms = unit_ms,
     holds_ms = math.max(burst_ms, least * unit_ms),
     tat = math.max(tat, now),
@@ -119,11 +121,10 @@ end
 
 local function limits_count(bucket, amount, at)
   local slot, words = math.floor(at / LIMITS.slot_ms), {}
-  bucket.window[slot] = math.min(math.max((bucket.window[slot] or 0) + amount, 0), LIMITS.highest_count)
+  local count = math.min(math.max((bucket.window[slot] or 0) + amount, 0), LIMITS.highest_count)
+  bucket.words[slot] = count > 0 and integer(slot) .. ':' .. integer(math.ceil(count)) or nil
   for one = bucket.present - LIMITS.window_slots, bucket.present + LIMITS.window_slots do
-    if (bucket.window[one] or 0) > 0 then
-      words[#words + 1] = integer(one) .. ':' .. integer(math.ceil(bucket.window[one]))
-    end
+    words[#words + 1] = bucket.words[one] -- none for a slot in which nothing was taken
   end
   return bucket.name .. '_window', table.concat(words, ' ')
 end

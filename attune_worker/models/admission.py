@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from typing import Any, Self
@@ -56,6 +56,8 @@ WITHOUT_REDIS_SECONDS = 5.0
 
 NO_ROOM = ("OOM", "MISCONF", "READONLY", "LOADING", "BUSY", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
 """Codes of what is wrong with Redis itself, whatever it was told; Redis 6 quotes them in a script's error."""
+
+DAY_MS = 86_400_000
 
 _RANK = {tier: rank for rank, tier in enumerate(ModelTier)}
 
@@ -181,7 +183,7 @@ class Admission:
         self._settings = settings
         self._redis = connect(settings)
         self._keys = FleetKeys(settings.namespace)
-        self._rules = rules_in_ms(settings.breaker)
+        self._rules = _json(rules_in_ms(settings.breaker))
         self._lease_ms = round((settings.http.request_timeout_seconds + LEASE_MARGIN_SECONDS) * 1000)
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
         self._outage = Outage()
@@ -297,10 +299,9 @@ class Admission:
             "worker": self._worker,
             "lease_ms": self._lease_ms,
             "retention_s": self._settings.retention_seconds,
-            "rules": self._rules,
             "candidates": candidates,
         }
-        return [*keys, *places], (_json(asked),)
+        return [*keys, *places], (self._with_rules(asked),)
 
     def _verdict(
         self, request: Request, charged: Sequence[tuple[BudgetKey, ...]], answer: list[Any]
@@ -339,7 +340,7 @@ class Admission:
         """Return SETTLE's keys and argument."""
         model, job, keys = permit.model, permit.job, self._keys
         circuit, provider_circuit, limits, model_limits, slots = self._keys_of(model.provider, model.tier, model.id)
-        day = datetime.fromtimestamp(permit.admitted_ms / 1000, UTC).strftime("%Y%m%d")
+        day = _day(permit.admitted_ms // DAY_MS)
         workflow, stage = place_of(job)
         worst_nano, cost_nano = _nano(permit.quote.worst_usd), _nano(outcome.cost_usd)
         told = {
@@ -348,8 +349,7 @@ class Admission:
             "retention_s": self._settings.retention_seconds,
             "outcome": outcome.outcome,
             "ended_ms": self._now_ms(),
-            "names": json.dumps([model.provider, model.tier.value]),
-            "rules": self._rules,
+            "names": _names(model.provider, model.tier.value),
             "result": _told(
                 outcome=outcome.health,
                 latency_ms=outcome.latency_ms,
@@ -363,7 +363,7 @@ class Admission:
         if outcome.outcome != "released":
             told["call_of"] = _told(
                 ref=model.ref,
-                names=json.dumps([workflow, stage]),
+                names=_names(workflow, stage),
                 workflow=workflow,
                 stage=stage,
                 day=day,
@@ -390,7 +390,11 @@ class Admission:
             keys.evidence(),
             keys.stages,
             *(one.key(keys) for one in permit.budgets),
-        ], _json(told)
+        ], self._with_rules(told)
+
+    def _with_rules(self, fields: dict[str, Any]) -> str:
+        """Return an argument's JSON with the breaker's rules, which are always the same."""
+        return f'{{"rules":{self._rules},{_json(fields)[1:]}'
 
     def _write(self, settlement: tuple[list[str], str]) -> None:
         keys, text = settlement
@@ -525,6 +529,16 @@ def _score(job: Job, model: ModelInfo, outcome: Outcome) -> float | None:
         return 0.0
     tier = model.tier if job.model else job.tier_hint or get_tier_for_task(job.task_type)
     return 1.0 if outcome.kind == "success" and _RANK[model.tier] >= _RANK[tier] else None
+
+
+@lru_cache(maxsize=4096)
+def _names(*names: str) -> str:
+    return json.dumps(names)
+
+
+@lru_cache(maxsize=8)
+def _day(number: int) -> str:
+    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(days=number)).strftime("%Y%m%d")
 
 
 def _nano(amount_usd: Decimal | None) -> int | None:

@@ -40,7 +40,10 @@ from attune_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-ADMITTED_TOGETHER = 4
+MAX_KEPT = 1024
+"""Kinds of jobs whose candidates are remembered."""
+
+ADMITTED_TOGETHER = 2
 """How many candidates one ADMIT may choose from: nearly always one of the first is free, and each costs time."""
 
 
@@ -103,7 +106,7 @@ class Start:
 
 
 class Caller:
-    """Makes the flows of one executor; holds nothing that changes."""
+    """Makes the flows of one executor; what it holds follows from settings and registry."""
 
     def __init__(
         self,
@@ -122,12 +125,39 @@ class Caller:
             for name, provider in settings.providers.items()
             if provider.usable()
         }
+        self._smallest_window = min((model.context_window or math.inf for model in registry.all()), default=math.inf)
+        self._found: dict[tuple[object, ...], Candidates] = {}
         self._keyless = {
             name: _keyless(provider) for name, provider in settings.providers.items() if name not in self._endpoints
         }
 
     def candidates(self, job: Job) -> Candidates:
-        """Return the models that may serve ``job``, in static order, and why the others may not."""
+        """Return the models that may serve ``job``, in static order, and why the others may not.
+
+        For jobs that are alike it is worked out once; what is left of a ``max_cost`` is each job's own.
+        """
+        if job.max_cost is not None:
+            return self._candidates(job)
+        tokens = estimate_tokens(job.text_bytes)
+        fits_everywhere = tokens + (job.max_tokens or self.settings.default_max_tokens) <= self._smallest_window
+        alike = (
+            job.task_type,
+            job.tier_hint,
+            job.provider_hint,
+            job.model,
+            job.temperature,
+            job.stop,
+            job.max_tokens,
+            0 if fits_everywhere else tokens,
+        )
+        found = self._found.get(alike)
+        if found is None:
+            if len(self._found) >= MAX_KEPT:
+                self._found.clear()
+            found = self._found[alike] = self._candidates(job)
+        return found
+
+    def _candidates(self, job: Job) -> Candidates:
         return candidates(
             job, self.registry, self.settings.default_max_tokens, lambda model: self._obstacle(job, model)
         )

@@ -91,11 +91,21 @@ def test_hard_budget_allows_up_to_its_limit_exactly(budget: Budget) -> None:
     """The last nano-dollar may be spent, and none beyond it."""
     assert budget.admit(600)["allowed"]
     refused = budget.admit(401)
-    assert (refused["allowed"], refused["reason"], refused["left_nano"]) == (False, "budget", "400")
+    assert (refused["allowed"], refused["reason"], refused["left_nano"]) == (False, "budget_reserved", "400")
     assert refused["resets_at"] == ms(datetime(2026, 11, 24, tzinfo=UTC))
     assert budget.admit(400)["allowed"]
     assert budget.admit(1)["left_nano"] == "0"
     assert budget.counted() == (0, 1000)
+
+
+def test_what_is_spent_is_gone_and_what_is_reserved_may_come_back(budget: Budget) -> None:
+    """A job waits for the second, and is told at once of the first."""
+    assert budget.admit(600)["allowed"]
+    assert budget.admit(401)["reason"] == "budget_reserved"
+    budget.settle(600, 600)
+    refused = budget.admit(401)
+    assert (refused["allowed"], refused["reason"], refused["left_nano"]) == (False, "budget", "400")
+    assert budget.admit(1001)["reason"] == "budget_too_small"
 
 
 def test_settlement_turns_the_reservation_into_what_it_cost(budget: Budget) -> None:

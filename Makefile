@@ -47,5 +47,5 @@ clean:  ## remove .venv and caches
 	@touch $@ .venv/demo.stamp
 
 .venv/bench.stamp: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ .venv/dev.stamp .venv/demo.stamp

@@ -27,7 +27,7 @@ format: .venv/dev.stamp  ## put the code into its standard form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/bench.stamp  ## measure throughput against a bare Celery task (some minutes)
+bench: .venv/dev.stamp  ## measure throughput against a bare Celery task (some minutes)
 	$(BIN)/python benchmarks/throughput.py
 
 clean:  ## remove .venv and caches
@@ -45,7 +45,3 @@ clean:  ## remove .venv and caches
 .venv/dev.stamp: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ .venv/demo.stamp
-
-.venv/bench.stamp: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@touch $@ .venv/dev.stamp .venv/demo.stamp

@@ -30,7 +30,8 @@ from report import machine, versions
 from rich.console import Console
 from rich.table import Table
 
-from attune_worker.models.admission import Admission, Outcome, Permit
+from attune_worker.models.admission import Admission
+from attune_worker.models.calls import Outcome, Permit
 from attune_worker.settings import Settings
 from attune_worker.store.embedded import EmbeddedRedis
 

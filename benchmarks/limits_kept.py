@@ -17,7 +17,8 @@ from crew import Crew
 
 from attune_worker.budget import Budgets
 from attune_worker.jobs import NANO_USD, Job
-from attune_worker.models.admission import Admission, Outcome, Permit, Quote, Refusal, Request
+from attune_worker.models.admission import Admission
+from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.providers.base import HttpRequest
 from attune_worker.providers.http import HttpSender

@@ -19,7 +19,8 @@ from pydantic import JsonValue
 from attune_worker.errors import ProviderError
 from attune_worker.jobs import Attempt, Job, ModelTier, Usage, total_cost
 from attune_worker.models.adaptive import AdaptiveModelRouter
-from attune_worker.models.admission import Admission, Permit, Refusal, Request
+from attune_worker.models.admission import Admission
+from attune_worker.models.calls import Permit, Refusal, Request
 from attune_worker.models.flow import Admit, Caller, Effect, Rank, Reply, Send, Settle, Start, Wait
 from attune_worker.models.pricing import cost
 from attune_worker.models.registry import Registry

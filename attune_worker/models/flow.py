@@ -26,8 +26,8 @@ from attune_worker.errors import (
 )
 from attune_worker.jobs import Attempt, Decision, Job
 from attune_worker.models.adaptive import AdaptiveModelRouter, Ranking
-from attune_worker.models.admission import Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.attempts import attempt_of, located
+from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.policy import Failure, NextCall, next_call, seen_before
 from attune_worker.models.pricing import worst_case_cost
 from attune_worker.models.registry import ModelInfo, Registry

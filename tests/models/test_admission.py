@@ -475,7 +475,8 @@ real = time.time
 time.time = lambda: real() + float(sys.argv[1]) * 3600
 from decimal import Decimal
 from attune_worker.jobs import Job
-from attune_worker.models.admission import Admission, Outcome, Permit, Quote, Request
+from attune_worker.models.admission import Admission
+from attune_worker.models.calls import Outcome, Permit, Quote, Request
 from attune_worker.models.registry import Registry
 from attune_worker.settings import Settings
 settings = Settings.load()

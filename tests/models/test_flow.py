@@ -21,7 +21,7 @@ from attune_worker.errors import (
 )
 from attune_worker.jobs import Attempt, Job, ModelTier
 from attune_worker.models.adaptive import AdaptiveModelRouter
-from attune_worker.models.admission import Outcome, Permit, Refusal
+from attune_worker.models.calls import Outcome, Permit, Refusal
 from attune_worker.models.flow import (
     ADMITTED_TOGETHER,
     Admit,

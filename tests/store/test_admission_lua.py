@@ -17,7 +17,8 @@ import pytest
 from attune_worker.budget import Budgets
 from attune_worker.jobs import Job
 from attune_worker.limits import Limits
-from attune_worker.models.admission import Admission, Outcome, Permit, Quote, Refusal, Request
+from attune_worker.models.admission import Admission
+from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.registry import Registry
 from attune_worker.providers.rate_headers import Allowance, Observed
 from attune_worker.settings import Settings
@@ -258,7 +259,7 @@ def test_settlement_after_its_intent_is_gone_is_charged_in_full(
 
 def settle_late(admission: Admission, taken: Permit, outcome: Outcome, seconds: float) -> None:
     """Write a settlement of a call that ended so long ago, as the backlog does after an outage."""
-    keys, text = admission._settlement(taken, outcome)
+    keys, text = admission._wire.settle(taken, outcome, admission._now_ms())
     told = json.loads(text)
     admission._write((keys, json.dumps({**told, "ended_ms": told["ended_ms"] - round(seconds * 1000)})))
 

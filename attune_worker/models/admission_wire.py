@@ -1,0 +1,257 @@
+"""How are ADMIT and SETTLE asked, and how are ADMIT's answers read? Keys, JSON and words; nothing is sent here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import lru_cache, partial
+from typing import Any
+
+from attune_worker.budget import BudgetKey, budgets_for, nano_of, usd_of
+from attune_worker.jobs import Job, ModelTier
+from attune_worker.limits import Settled, want
+from attune_worker.models.adaptive import place_of
+from attune_worker.models.calls import Outcome, Permit, Refusal, Request
+from attune_worker.models.registry import ModelInfo
+from attune_worker.models.task_types import get_tier_for_task
+from attune_worker.settings import Settings
+from attune_worker.store.circuits import Name, rules_in_ms
+from attune_worker.store.keys import FleetKeys
+from attune_worker.telemetry.evidence import HALF_LIFE
+
+DAY_MS = 86_400_000
+
+FIRST_BUDGET = 13
+"""Where the budgets begin among SETTLE's keys."""
+
+Charged = Sequence[tuple[BudgetKey, ...]]
+"""The budgets that each candidate's call would count against."""
+
+_RANK = {tier: rank for rank, tier in enumerate(ModelTier)}
+
+
+class Wire:
+    """Speaks with both scripts for one worker of one namespace; ``lease_ms`` is how long a call holds its place."""
+
+    def __init__(self, settings: Settings, worker: str, lease_ms: int) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._lease_ms = lease_ms
+        self._keys = FleetKeys(settings.namespace)
+        self._rules = _json(rules_in_ms(settings.breaker))
+        self._keys_of = lru_cache(maxsize=256)(self._keys_of_model)
+        self._budgets_for = lru_cache(maxsize=4096)(partial(budgets_for, settings.budgets))
+
+    def charged(self, request: Request) -> Charged:
+        """Return the budgets that each candidate's call would count against."""
+        job = request.job
+        return [self._budgets_for(job.tenant, job.workflow, quote.model.provider) for quote in request.quotes]
+
+    def admit(self, request: Request, charged: Charged) -> tuple[list[str], tuple[str]]:
+        """Return ADMIT's keys and argument."""
+        keys = [self._keys.call(request.call_id), self._keys.calls, self._keys.circuits]
+        places: dict[str, int] = {}
+        candidates = []
+        for quote, budgets in zip(request.quotes, charged, strict=True):
+            model, worst_nano = quote.model, _nano(quote.worst_usd)
+            keys += self._keys_of(model.provider, model.tier, model.id)
+            provider = self._settings.providers[model.provider]
+            candidates.append(
+                {
+                    "ref": model.ref,
+                    "want": want(provider, self._settings.limits, quote.tokens),
+                    "budgets": [
+                        {"key": places.setdefault(one.key(self._keys), len(places)), "want": one.want(worst_nano)}
+                        for one in budgets
+                    ],
+                }
+                | told(estimate_nano=worst_nano)
+            )
+        asked = {
+            "call": request.call_id,
+            "job": request.job_id,
+            "worker": self._worker,
+            "lease_ms": self._lease_ms,
+            "retention_s": self._settings.retention_seconds,
+            "candidates": candidates,
+        }
+        return [*keys, *places], (self._with_rules(asked),)
+
+    def settle(self, permit: Permit, outcome: Outcome, ended_ms: int) -> tuple[list[str], str]:
+        """Return SETTLE's keys and argument; ``ended_ms`` is when the call ended, by Redis' clock."""
+        model, job, keys = permit.model, permit.job, self._keys
+        circuit, provider_circuit, limits, model_limits, slots = self._keys_of(model.provider, model.tier, model.id)
+        day = _day(permit.admitted_ms // DAY_MS)
+        workflow, stage = place_of(job)
+        worst_nano, cost_nano = _nano(permit.quote.worst_usd), _nano(outcome.cost_usd)
+        fields = {
+            "call": permit.call_id,
+            "ref": model.ref,
+            "retention_s": self._settings.retention_seconds,
+            "outcome": outcome.outcome,
+            "ended_ms": ended_ms,
+            "names": _names(model.provider, model.tier.value),
+            "result": told(
+                outcome=outcome.health,
+                latency_ms=outcome.latency_ms,
+                worker=self._worker,
+                error=outcome.error,
+                retry_after_ms=in_ms(outcome.retry_after),
+            ),
+            "limits": self._for_limits(permit, outcome),
+            "budgets": [one.settled("", worst_nano or 0, cost_nano) for one in permit.budgets],
+        } | told(cost_nano=cost_nano)
+        if outcome.outcome != "released":
+            fields["call_of"] = told(
+                ref=model.ref,
+                names=_names(workflow, stage),
+                workflow=workflow,
+                stage=stage,
+                day=day,
+                kind=outcome.kind,
+                score=_score(job, model, outcome),
+                latency_ms=outcome.latency_ms,
+                cost_nano=cost_nano,
+                input=outcome.input_tokens,
+                output=outcome.output_tokens,
+                half_life=HALF_LIFE,
+            )
+        return [
+            keys.call(permit.call_id),
+            keys.calls,
+            keys.circuits,
+            circuit,
+            provider_circuit,
+            limits,
+            model_limits,
+            slots,
+            keys.stats(workflow, stage, day),
+            keys.evidence(workflow, stage),
+            keys.evidence(workflow),
+            keys.evidence(),
+            keys.stages,
+            *(one.key(keys) for one in permit.budgets),
+        ], self._with_rules(fields)
+
+    def _with_rules(self, fields: dict[str, Any]) -> str:
+        """Return an argument's JSON with the breaker's rules, which are always the same."""
+        return f'{{"rules":{self._rules},{_json(fields)[1:]}'
+
+    def _for_limits(self, permit: Permit, outcome: Outcome) -> dict[str, Any]:
+        cooldown_seconds = outcome.retry_after
+        if cooldown_seconds is None and outcome.rate_limited:
+            cooldown_seconds = self._settings.retry.backoff_seconds
+        ended = Settled(
+            call_id=permit.call_id,
+            reserved_tokens=permit.quote.tokens,
+            used_tokens=outcome.tokens,
+            released=outcome.outcome == "released",
+            cooldown_seconds=cooldown_seconds,
+            reason=outcome.error or None,
+            observed=outcome.observed,
+        )
+        return ended.told(self._settings.providers[permit.model.provider], self._settings.limits)
+
+    def _keys_of_model(self, provider: str, tier: ModelTier, model_id: str) -> tuple[str, ...]:
+        keys = self._keys
+        return (
+            keys.circuit(provider, tier.value),
+            keys.circuit(provider, None),
+            keys.limits(provider),
+            keys.limits(provider, model_id),
+            keys.slots(provider),
+        )
+
+
+def refusal_of(request: Request, charged: Charged, now_ms: int, refusals: Sequence[Sequence[Any]]) -> Refusal:
+    """Return the soonest wait among the refusals; where money is what every candidate lacks, the first one's."""
+    waits = [
+        (at, f"{quote.model.ref}: {WHY.get(why, why.decode())}")
+        for quote, (kind, at, why, *_) in zip(request.quotes, refusals, strict=True)
+        if kind == b"wait"
+    ]
+    if waits:
+        at, reason = min(waits, key=lambda wait: wait[0])
+        return Refusal(reason, max(0.001, (int(at) - now_ms) / 1000))
+    _, at, _, left_nano, place = refusals[0]
+    budget = charged[0][place]
+    resets_at = datetime.fromtimestamp(int(at) / 1000, UTC)
+    needed = "an unknown amount" if request.quotes[0].worst_usd is None else f"up to ${request.quotes[0].worst_usd:f}"
+    left_usd = max(usd_of(int(left_nano)), Decimal(0))
+    return Refusal(
+        f"the hard budget {_scope(budget)} has ${left_usd:f} left and this job needs {needed} on "
+        f"{request.quotes[0].model.ref}; it starts anew at {resets_at:%Y-%m-%d %H:%M} UTC",
+        max(0.001, (int(at) - now_ms) / 1000),
+        for_budget=True,
+    )
+
+
+def circuits_of(model: ModelInfo) -> tuple[Name, Name]:
+    """Return the names of the circuits that a call depends on: its tier's and its provider's."""
+    return (model.provider, model.tier.value), (model.provider, None)
+
+
+OF_CIRCUITS = {b"open", b"probing", b"forced_open"}
+"""Refusals that this process goes by, too, when Redis goes away."""
+
+WHY = {
+    b"open": "its circuit is open",
+    b"probing": "its circuit is half-open, and another call probes it",
+    b"forced_open": "an operator has opened its circuit",
+    b"cooldown": "its provider asked to be left alone",
+    b"provider_limit": "its provider's rate limit is used up",
+    b"requests_per_minute": "requests_per_minute is used up",
+    b"tokens_per_minute": "tokens_per_minute is used up",
+    b"concurrency": "all of its provider's slots are taken",
+    b"budget_reserved": "calls under way have reserved what a hard budget has left",
+}
+
+
+def _scope(budget: BudgetKey) -> str:
+    scope = [
+        f"of {kind} {name!r}"
+        for kind, name in (("tenant", budget.tenant), ("workflow", budget.workflow), ("provider", budget.provider))
+        if name is not None
+    ]
+    return " ".join([f"per {budget.per}", *scope])
+
+
+def _score(job: Job, model: ModelInfo, outcome: Outcome) -> float | None:
+    """Return what a call says of the model as such, from 0 to 1; None: nothing.
+
+    That a model below the job's own tier answered says that the call worked, not that the work was good: only
+    feedback can tell.
+    """
+    if outcome.kind == "failure":
+        return 0.0
+    tier = model.tier if job.model else job.tier_hint or get_tier_for_task(job.task_type)
+    return 1.0 if outcome.kind == "success" and _RANK[model.tier] >= _RANK[tier] else None
+
+
+@lru_cache(maxsize=4096)
+def _names(*names: str) -> str:
+    return json.dumps(names)
+
+
+@lru_cache(maxsize=8)
+def _day(number: int) -> str:
+    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(days=number)).strftime("%Y%m%d")
+
+
+def _nano(amount_usd: Decimal | None) -> int | None:
+    return None if amount_usd is None else nano_of(amount_usd)
+
+
+def in_ms(seconds: float | None) -> int | None:
+    """Return seconds in whole milliseconds, and None for None."""
+    return None if seconds is None else round(seconds * 1000)
+
+
+def told(**fields: object) -> dict[str, Any]:
+    """Return the fields that are known: a null would be a value to Lua."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode

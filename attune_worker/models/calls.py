@@ -1,0 +1,128 @@
+"""What is a call to a provider, before it is made and after it? Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Self
+
+from attune_worker.budget import BudgetKey
+from attune_worker.errors import ProviderError, RateLimitedError
+from attune_worker.jobs import Attempt, Job
+from attune_worker.models.registry import ModelInfo
+from attune_worker.providers.base import Answer
+from attune_worker.providers.rate_headers import Observed
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """A model that may be called: at most ``tokens`` of it, at worst for ``worst_usd`` (None: price unknown)."""
+
+    model: ModelInfo
+    tokens: int
+    worst_usd: Decimal | None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A call that is wanted, to the first of ``quotes`` that everything allows."""
+
+    call_id: str
+    job_id: str
+    job: Job
+    quotes: tuple[Quote, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """Leave to make one call to one model, to be settled once.
+
+    ``admitted_ms`` is Redis' time. ``own_generation``: it was given without Redis, by this process's own circuit.
+    """
+
+    call_id: str
+    job: Job
+    quote: Quote
+    budgets: tuple[BudgetKey, ...]
+    admitted_ms: int
+    own_generation: int | None = None
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model that may be called."""
+        return self.quote.model
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """No call may be made now: ``retry_after_seconds`` from now it may. ``for_budget``: money is what is missing."""
+
+    reason: str
+    retry_after_seconds: float
+    for_budget: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a call did.
+
+    ``health`` is what it says of the provider: success, failure or ignored. ``cost_usd`` is None where it is not
+    known: then what was reserved counts as spent.
+    """
+
+    outcome: str
+    health: str
+    latency_ms: int
+    cost_usd: Decimal | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    error: str = ""
+    retry_after: float | None = None
+    rate_limited: bool = False
+    observed: Observed | None = None
+
+    @property
+    def kind(self) -> str:
+        """What it says of the model: success, failure, or other (the caller's fault, or nobody's)."""
+        return {"success": "success", "failure": "failure"}.get(self.health, "other")
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that the provider counts against its limit; None: not known."""
+        return None if self.input_tokens is None else self.input_tokens + (self.output_tokens or 0)
+
+    @classmethod
+    def of(cls, outcome: Answer | ProviderError, attempt: Attempt, observed: Observed | None) -> Self:
+        """Return the outcome of a call that has ended."""
+        if isinstance(outcome, Answer):
+            usage = outcome.usage
+            return cls(
+                "succeeded",
+                "success",
+                attempt.latency_ms,
+                attempt.cost_usd,
+                usage.input_tokens if usage else None,
+                usage.output_tokens if usage else None,
+                observed=observed,
+            )
+        return cls(
+            "failed",
+            "failure" if outcome.counts_against_breaker else "ignored",
+            attempt.latency_ms,
+            attempt.cost_usd,
+            input_tokens=None if outcome.may_have_cost else 0,
+            error=outcome.type,
+            retry_after=outcome.retry_after,
+            rate_limited=isinstance(outcome, RateLimitedError),
+            observed=observed,
+        )
+
+    @classmethod
+    def abandoned(cls, latency_ms: int) -> Self:
+        """Return the outcome of a call that was broken off; the provider may charge for it."""
+        return cls("failed", "ignored", latency_ms, error="cancelled")
+
+    @classmethod
+    def released(cls) -> Self:
+        """Return the outcome of a call that was allowed and never made."""
+        return cls("released", "ignored", 0, Decimal(0), 0, 0)

@@ -48,8 +48,7 @@ class BudgetKey:
         """Return what ``budget_look`` is asked; ``amount_nano`` is the most that the call can cost, None: unknown."""
         hard = self.hard_nano is not None
         limit_nano = self.hard_nano if hard else self.soft_nano
-        fields = {"per": self.per, "hard": hard, "limit_nano": limit_nano, "amount_nano": amount_nano}
-        return _told(fields | {"soft_nano": self.soft_nano})
+        return _told({"per": self.per, "hard": hard, "limit_nano": limit_nano, "amount_nano": amount_nano})
 
     def settled(self, window: str, reserved_nano: int, cost_nano: int | None) -> dict[str, Any]:
         """Return what ``budget_settle`` is told; ``window`` and ``reserved_nano`` are the admission's."""

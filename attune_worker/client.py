@@ -7,7 +7,7 @@ neither httpx nor provider code, so a web backend stays light and needs no provi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from typing import Any, Self, TypeVar
@@ -74,7 +74,7 @@ class Client:
                 due = zip(batch, accepted[start:], strict=True)
                 send_wake_ups(self._app, [(job_id, job.priority) for (job_id, job, _), told in due if told.wake])
         except ServiceUnavailableError as error:
-            raise error.with_jobs(job_ids[: len(accepted)]) from error
+            raise _advised(error, job_ids[: len(accepted)]) from error
         self._submission.refuse_conflicts(prepared, accepted)
         return [JobHandle(job_id, self) for job_id in job_ids]
 
@@ -287,6 +287,12 @@ class AsyncJobHandle:
     async def feedback(self, score: float) -> bool:
         """As ``Client.feedback``."""
         return await self._client.feedback(self.id, score)
+
+
+def _advised(error: ServiceUnavailableError, job_ids: Sequence[str]) -> ServiceUnavailableError:
+    """Return the error with the jobs that had been accepted, and with what to do about them."""
+    advice = "; Client.wake(error.job_ids) sends the wake-ups of those that were accepted" if job_ids else ""
+    return ServiceUnavailableError(f"{error.message}{advice}", url=error.url).with_jobs(job_ids)
 
 
 @cache

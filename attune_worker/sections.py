@@ -152,6 +152,12 @@ class BreakerSettings(Section):
     minimum_calls: int = Field(default=20, ge=1, le=100_000)
     lone_worker_opens: bool = False
 
+    @model_validator(mode="after")
+    def _slow_calls_are_whole(self) -> Self:
+        if (self.slow_call_seconds is None) != (self.slow_call_rate_threshold is None):
+            raise ValueError("slow_call_seconds and slow_call_rate_threshold go together")
+        return self
+
 
 class LimitSettings(Section):
     """How rate limits are kept.

@@ -144,6 +144,11 @@ class Settings(BaseSettings):
         for index, model in enumerate(self.models):
             if model.provider not in self.providers:
                 raise ValueError(f"models.{index}.provider: {model.provider!r} is not a provider; configured: {known}")
+        for index, budget in enumerate(self.budgets):
+            if budget.provider not in (None, "*", *self.providers):
+                raise ValueError(
+                    f"budgets.{index}.provider: {budget.provider!r} is not a provider; configured: {known}"
+                )
         return self
 
     @classmethod
@@ -259,7 +264,9 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
 
 
 def _explain(error: ValidationError, path: str, in_environ: Mapping[str, Any]) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_input=False)
+    # An unknown key goes first: it may be the misspelt name of one that is missing.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     keys = [str(part) for part in first["loc"]]
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     if not keys:  # a rule over several keys, which begins with the key it is about
@@ -267,6 +274,9 @@ def _explain(error: ValidationError, path: str, in_environ: Mapping[str, Any]) -
         keys = head.split(".")
     if first["type"] == "extra_forbidden":
         message = _unknown_key(keys)
+    elif first["type"] == "tuple_type":
+        table = keys[0] in _SECTIONS
+        message = f"it should be a list of tables: [[{keys[0]}]]" if table else "it should be a list"
     return f"{_origin(keys, path, in_environ)}: {message}"
 
 

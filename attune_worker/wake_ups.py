@@ -36,7 +36,6 @@ def send_wake_ups(app: Celery, jobs: Sequence[tuple[str, int]]) -> None:
     except (OperationalError, KombuError, OSError) as error:
         url = masked(app.attune_settings.broker)
         raise ServiceUnavailableError(
-            f"the broker at {url} cannot be reached ({type(error).__name__}); jobs that were accepted wait "
-            "in Redis: Client.wake(error.job_ids) sends their wake-ups",
+            f"the broker at {url} cannot be reached ({type(error).__name__}); jobs that were accepted wait in Redis",
             url=url,
         ) from error

@@ -43,7 +43,7 @@ HEADERS = {"x-api-key": "a-key-of-the-benchmark", "anthropic-version": "2023-06-
 LATENCY_SECONDS = 0.05
 THRESHOLD = 5
 ERRORS = {"fast": {"overloaded": 1.0}, "slow": {"hang": 1.0}}
-"""529 at once, or no answer at all until the caller gives up."""
+"""HTTP 529, or no answer at all until the caller gives up."""
 
 HEADINGS = ("provider fails", "breaker", "wasted calls", "most in a second", "most in flight", "back after s")
 
@@ -275,9 +275,21 @@ def notes(size: Size) -> str:
         f"{datetime.now(UTC):%Y-%m-%d}, {machine()['cpu']}, {machine()['cores']} cores; {names}.\n"
         f"{size.workers} workers (threads, each with a breaker object of its own), a call each about "
         f"{size.pause_seconds + LATENCY_SECONDS:g} s. The provider is down for {size.down_seconds:g} s; "
-        f"{THRESHOLD} failures open a circuit for {size.recovery_seconds:g} s. 'fast': 529 at once; 'slow': no answer, "
+        f"{THRESHOLD} failures open a circuit for {size.recovery_seconds:g} s. 'fast': HTTP 529; 'slow': no answer, "
         f"callers give up after {size.timeout_seconds:g} s. Wasted: sent while the provider was down. The two peaks "
-        "are those of the outage's second half. Back: from its end to the first answer."
+        f"are those of the outage's second half. Back: from its end to the first answer.\n\n{bound(size)}"
+    )
+
+
+def bound(size: Size) -> str:
+    """Say what a breaker of the whole fleet wastes at most, for the numbers to be held against."""
+    fast = int(size.down_seconds / size.recovery_seconds)
+    slow = int((size.down_seconds - size.timeout_seconds) / (size.recovery_seconds + size.timeout_seconds))
+    return (
+        f"What one breaker for the fleet cannot save: the {THRESHOLD} failures in a row that open the circuit, what is in "
+        f"flight at that moment, and one probe for each time it may be tried. 'fast': {THRESHOLD} failures, what is in "
+        f"flight (at most {size.workers}), at most {fast} probes. 'slow': {size.workers} in flight before the first fails, "
+        f"the {THRESHOLD} failures among them, and at most {slow} of probes: {size.workers + slow}."
     )
 
 
@@ -287,10 +299,13 @@ def all_versions() -> dict[str, str]:
 
 
 def as_markdown(found: Sequence[Outcome], size: Size) -> str:
-    """Return the table for a README, with what it needs to be understood."""
+    """Return the page: the table, with what it needs to be understood."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows(found)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\n{notes(size)}\n"
+    return (
+        f"# How many calls does an outage cost a fleet of {size.workers} workers?\n\n{table}\n\n{notes(size)}\n\n"
+        "Written by `python benchmarks/breaker_fleet.py --markdown docs/benchmarks/breaker-fleet.md`.\n"
+    )
 
 
 @click.command()

@@ -107,6 +107,9 @@ def records(results: Iterable[JobResult], scores: Mapping[str, float]) -> Iterat
             decision = attempt.decision
             if decision is None or decision.rule == "pinned" or not decision.candidates or decision.propensity <= 0:
                 continue
+            drawn = decision.candidates[decision.chosen]
+            if (drawn.provider, drawn.model_id) != (attempt.provider, attempt.model_id):
+                continue  # the drawn model could not be called just then, and nothing is known of it
             score = scores.get(result.job_id, 1.0) if attempt.outcome == "succeeded" else 0.0
             yield Record(decision, score, None if attempt.cost_usd is None else float(attempt.cost_usd))
 

@@ -113,9 +113,8 @@ def test_what_the_scripts_are_told() -> None:
         "hard": True,
         "limit_nano": 5 * NANO,
         "amount_nano": 7,
-        "soft_nano": 4 * NANO,
     }
-    assert soft[0].want(None) == {"per": "day", "hard": False, "limit_nano": 4 * NANO, "soft_nano": 4 * NANO}
+    assert soft[0].want(None) == {"per": "day", "hard": False, "limit_nano": 4 * NANO}
     settled = {"per": "day", "window": "2026-11-23", "reserved_nano": 7, "limit_nano": 4 * NANO}
     assert soft[0].settled("2026-11-23", 7, None) == settled
     assert hard[0].settled("2026-11-23", 7, 3) == settled | {"cost_nano": 3}

@@ -361,6 +361,10 @@ def test_broker_that_is_down_leaves_the_job_recorded(environ: dict[str, str]) ->
         with pytest.raises(ServiceUnavailableError, match=r"broker at redis://:\*\*\*@") as error:
             client.submit("summarize", "?", idempotency_key="k")
         assert "hunter2" not in str(error.value)
+        assert "Client.wake(error.job_ids)" in str(error.value)
+        with pytest.raises(ServiceUnavailableError, match="cannot be reached") as again:
+            client.wake(error.value.job_ids)
+        assert "Client.wake" not in str(again.value)
     with Client(Settings.load(environ=environ)) as client:
         [job_id] = error.value.job_ids
         assert client.status(job_id) is JobStatus.QUEUED

@@ -97,6 +97,19 @@ def test_named_file_must_exist() -> None:
             "[[models]]\nid = 'm'\nprovider = 'openai'\ninput_cost_per_million = 1",
             ["attune.toml", "models.0", "go together"],
         ),
+        (
+            "[[budgets]]\nper = 'day'\nlimit_usd = 1\nprovider = 'antropic'",
+            ["attune.toml: budgets.0.provider: 'antropic' is not a provider; configured: anthropic, google, openai"],
+        ),
+        ("[breaker]\nslow_call_seconds = 5", ["attune.toml: breaker:", "slow_call_rate_threshold go together"]),
+        ("[breaker]\nslow_call_rate_threshold = 0.5", ["attune.toml: breaker:", "slow_call_seconds and"]),
+        ("[budgets]\nper = 'day'", ["attune.toml: budgets: it should be a list of tables: [[budgets]]"]),
+        ("[models]\nid = 'm'", ["attune.toml: models: it should be a list of tables: [[models]]"]),
+        ("provider_order = 'openai'", ["attune.toml: provider_order: it should be a list"]),
+        (
+            "[[budgets]]\nper = 'day'\nlimit_used = 1",
+            ["attune.toml: budgets.0.limit_used: unknown key; did you mean 'limit_usd'?"],
+        ),
         ("providers = 5", ["attune.toml", "providers", "valid dictionary"]),
     ],
 )
@@ -120,6 +133,7 @@ def test_bad_file_is_one_line_naming_file_key_and_what_is_allowed(toml: str | by
         ({"ATTUNE_MODELS": '[{"id": "m", "provider": "nope"}]'}, ["environment ATTUNE_MODELS", "'nope'"]),
         ({"ATTUNE_MODELS": "[not json", "ATTUNE_QUEUE": "q"}, ["environment ATTUNE_MODELS:", "JSON"]),
         ({"ATTUNE_PROVIDERS": "[not json", "ATTUNE_QUEUE": "q"}, ["environment ATTUNE_PROVIDERS:", "JSON"]),
+        ({"ATTUNE_BUDGETS": '{"per": "day"}'}, ["ATTUNE_BUDGETS: it should be a list of tables: [[budgets]]"]),
         ({"ATTUNE_PROVIDER_ORDER": "anthropic"}, ["environment ATTUNE_PROVIDER_ORDER:", "JSON"]),
     ],
 )
@@ -129,6 +143,14 @@ def test_bad_environment_is_one_line_naming_the_variable(environ: dict[str, str]
     assert message.startswith("environment ")
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("provider", ["", "provider = '*'", "provider = 'openai'", "provider = 'local'"])
+def test_budget_may_be_for_any_configured_provider(provider: str) -> None:
+    """For all together, for each by itself, or for one, be it there by default or by the file."""
+    local = "[providers.local]\nkind = 'openai'\nbase_url = 'http://h'"
+    Path("attune.toml").write_text(f"[[budgets]]\nper = 'day'\nlimit_usd = 1\n{provider}\n{local}")
+    assert len(Settings.load(environ={}).budgets) == 1
 
 
 def test_names_of_variables_may_be_lower_case_in_sections() -> None:

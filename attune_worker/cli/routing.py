@@ -3,27 +3,55 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from math import isnan
 from typing import Any
 
 import click
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from attune_worker.jobs import Candidate, Decision
 from attune_worker.models.adaptive import AdaptiveModelRouter
 
+NO_KEY = "has no API key"
+
+COLUMNS = {
+    "model": 0,
+    "tier": 2,
+    "success": 0,
+    "90 % interval": 2,
+    "USD a call": 0,
+    "outcomes": 0,
+    "share": 0,
+    "verdict": 1,
+}
+"""What ``explain`` shows of each model; the higher the number, the sooner a column goes where lines are short."""
+
+LEFT = ("model", "tier", "verdict")
+MAX_DIGITS = 6
+
+
+class _Number(click.FloatRange):
+    """A number within bounds; nan is none, although it is not outside of them either."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if isnan(found):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return found
+
+
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_max_cost = click.option("--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Most that a call may cost.")
+_max_cost = click.option("--max-cost", type=_Number(min=0), metavar="USD", help="Most that a call may cost.")
 _max_latency = click.option(
     "--max-latency-ms", type=click.IntRange(min=1), metavar="MS", help="Most that 95 of 100 answers may take."
 )
-_floor = click.option(
-    "--min-success-rate", type=click.FloatRange(0, 1), metavar="RATE", help="Overrides the configured one."
-)
+_floor = click.option("--min-success-rate", type=_Number(0, 1), metavar="RATE", help="Overrides the configured one.")
 
 
 @click.group()
@@ -83,7 +111,7 @@ def explain(
     if as_json:
         click.echo(decision.model_dump_json())
         return
-    _console().print(_explained(decision))
+    _print_explained(_console(), decision)
 
 
 @routing.command()
@@ -130,33 +158,71 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=200)  # a pipe has no width, and nothing should be cut
 
 
-def _explained(decision: Decision) -> Table:
-    title = f"{decision.workflow}/{decision.stage}: {decision.rule} choice, success of at least {decision.floor:.0%}"
+def _print_explained(console: Console, decision: Decision) -> None:
+    """Print the widest table that fits; where there is no room for verdicts in it, they follow it."""
+    shown = [(place, one) for place, one in enumerate(decision.candidates) if one.verdict != NO_KEY]
+    for dispensable in (2, 1, 0):
+        table = _explained(decision, shown, dispensable)
+        if not console.is_terminal or _width(console, table) <= console.width:
+            break
+    console.width = max(console.width, _width(console, table))  # a terminal breaks lines, and cuts no names off
+    console.print(table)
+    if COLUMNS["verdict"] > dispensable:
+        for _, one in shown:
+            console.print(f"{one.provider}/{one.model_id}: {_verdict(one, decision)}", markup=False, highlight=False)
+    if without := len(decision.candidates) - len(shown):
+        console.print(f"{without} more {'has' if without == 1 else 'have'} no API key", highlight=False)
+
+
+def _width(console: Console, table: Table) -> int:
+    """Return the width at which nothing in the table is broken or cut."""
+    return console.measure(table, options=console.options.update(width=10_000)).maximum
+
+
+def _explained(decision: Decision, shown: Sequence[tuple[int, Candidate]], dispensable: int) -> Table:
+    title = (
+        f"{decision.workflow}/{decision.stage}: {decision.rule} choice, success of at least {100 * decision.floor:g}%"
+    )
     if decision.best_effort:
         title += ", best effort"
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
-    for name in ("model", "tier"):
-        table.add_column(name)
-    for name in ("success", "90 % interval", "USD a call", "outcomes", "share"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
-    for place, candidate in enumerate(decision.candidates):
-        table.add_row(*_row(candidate), style="bold" if place == decision.chosen else None)
+    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", pad_edge=False)
+    for name, rank in COLUMNS.items():
+        if rank <= dispensable:
+            table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+    for place, candidate in shown:
+        cells = zip(_row(candidate, decision), COLUMNS.values(), strict=True)
+        kept = [escape(cell) for cell, rank in cells if rank <= dispensable]
+        table.add_row(*kept, style="bold" if place == decision.chosen else None)
     return table
 
 
-def _row(one: Candidate) -> tuple[str, ...]:
+def _row(one: Candidate, decision: Decision) -> tuple[str, ...]:
     interval = "" if one.lower is None or one.upper is None else f"{one.lower:.0%} to {one.upper:.0%}"
     return (
         f"{one.provider}/{one.model_id}",
         one.tier.value,
-        _share(one.expected_success),
+        _rate(one.expected_success, decision.floor),
         interval,
         "" if one.expected_cost_usd is None else f"{one.expected_cost_usd:.6f}",
         str(one.calls),
         _share(one.probability),
-        one.verdict,
+        _verdict(one, decision),
     )
+
+
+def _rate(value: float | None, floor: float) -> str:
+    """Return a share with as many digits as it takes to tell it from a floor that it is below of."""
+    if value is None:
+        return ""
+    digits = 1
+    while value < floor and digits < MAX_DIGITS and f"{value:.{digits}%}" == f"{floor:.{digits}%}":
+        digits += 1
+    return f"{value:.{digits}%}"
+
+
+def _verdict(one: Candidate, decision: Decision) -> str:
+    below = one.expected_success is not None and one.expected_success < decision.floor
+    return f"{one.verdict}; below the floor" if one.verdict == "explored" and below else one.verdict
 
 
 def _counted(found: dict[str, Any]) -> Table:

@@ -117,10 +117,16 @@ class AdaptiveModelRouter:
         found = self._found(workflow, stage, tier)
         all_models, tokens = must_serve(found), mean_input(view)
         affordable, dear = _by_cost(view, all_models, tokens, None if max_cost is None else float(max_cost))
+        if fits := bool(affordable):
+            considered = affordable
+        else:  # the one that comes closest
+            costs = {model: _usual_usd(view, model, tokens) for model in all_models}
+            known = {model: usd for model, usd in costs.items() if usd is not None}
+            considered = (min(known, key=known.__getitem__),) if known else all_models[:1]
         question = Question(
             workflow=workflow,
             stage=stage,
-            models=affordable or all_models,
+            models=considered,
             tier=tier,
             only_tier=None,
             only_provider=None,
@@ -130,9 +136,9 @@ class AdaptiveModelRouter:
             exploration=self._settings.routing.exploration,
         )
         decision = self._best(view, question)
-        dropped = [*found.dropped, *(dear if affordable else ())]
+        dropped = [*found.dropped, *((model, reason) for model, reason in dear if model not in considered)]
         seen = (*decision.candidates, *(bare(model, reason) for model, reason in dropped))
-        best_effort = decision.best_effort or not affordable
+        best_effort = decision.best_effort or not fits
         return decision.model_copy(update={"candidates": seen, "best_effort": best_effort})
 
     def _best(self, view: StageView, question: Question) -> Decision:
@@ -150,11 +156,11 @@ class AdaptiveModelRouter:
 
         The keys are ``workflow``, ``stage``, ``days_analyzed``, ``models_used``, ``performance_by_model``,
         ``total_calls``, ``avg_cost`` (USD, of the calls whose cost is known; None: of none it is) and
-        ``avg_success_rate``. Raises ``ServiceUnavailableError`` when Redis is away.
+        ``avg_success_rate``. Raises ``ValueError`` for any other ``days``, ``ServiceUnavailableError`` when Redis is
+        away.
         """
-        if days < 1:
+        if not 1 <= days <= RETENTION_DAYS:
             raise ValueError(f"days: {days} is not allowed; it should be 1 to {RETENTION_DAYS}")
-        days = min(days, RETENTION_DAYS)
         traffic = self._telemetry.stats(workflow, stage, days)
         names = _names(traffic)
         total = Traffic.total(traffic.values())
@@ -265,14 +271,19 @@ def _by_cost(
     """Part the models whose calls cost up to ``limit_usd`` from the others, with the reason for those."""
     kept, dear = [], []
     for model in models:
-        usual = view.stage.of(model.ref).mean_cost_nano
-        usd = usual / 1e9 if usual is not None else expected_usd(view, model, tokens)
+        usd = _usual_usd(view, model, tokens)
         if limit_usd is None or (usd is not None and usd <= limit_usd):
             kept.append(model)
         else:
             reason = "its price is unknown" if usd is None else f"a call costs about ${usd:.6f}"
             dear.append((model, f"{reason}; max_cost is ${limit_usd:g}"))
     return tuple(kept), dear
+
+
+def _usual_usd(view: StageView, model: ModelInfo, tokens: int) -> float | None:
+    """Return what a call costs in this stage, or should cost where it has made none; None: the price is unknown."""
+    usual = view.stage.of(model.ref).mean_cost_nano
+    return usual / 1e9 if usual is not None else expected_usd(view, model, tokens)
 
 
 def _draw(scored: Sequence[Scored], best: int, random: Callable[[], float] | None) -> int:

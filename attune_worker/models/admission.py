@@ -52,6 +52,8 @@ CLOSE_SECONDS = 5.0
 WITHOUT_REDIS_SECONDS = 5.0
 """When to ask again for a call that only Redis can allow: one under a hard budget."""
 
+SOON_SECONDS = 0.1
+
 NO_ROOM = ("OOM", "MISCONF", "READONLY", "LOADING", "BUSY", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
 """Codes of what is wrong with Redis itself, whatever it was told; Redis 6 quotes them in a script's error."""
 
@@ -154,7 +156,9 @@ class Admission:
                 if why in OF_CIRCUITS:
                     self._local.adopt(circuits_of(quote.model)[0], Grant(False, max(0, int(at) - now_ms), why.decode()))
             return refusal_of(request, charged, now_ms, refusals)
-        place, now_ms = (answer[1], answer[2]) if answer[0] == b"admitted" else (0, self._now_ms())
+        if answer[0] != b"admitted":  # the call was settled before it was made; another one may be
+            return Refusal("leave for this call was given back already", SOON_SECONDS)
+        _, place, now_ms = answer
         self._clock_offset_ms = now_ms - time.time() * 1000
         self._local.adopt(circuits_of(request.quotes[place].model)[0], Grant(True, 0, ""))
         return Permit(request.call_id, request.job, request.quotes[place], charged[place], now_ms)
@@ -182,13 +186,13 @@ class Admission:
         keys, text = settlement
         try:
             with reaching(self._settings):
-                _, event, passed = SETTLE(self._redis, keys, [text])
+                answer = SETTLE(self._redis, keys, [text])
         except ServiceUnavailableError as error:
             if not _refused(error):
                 raise
             logger.exception("call %s could not be settled in full", keys[0])  # again would fail again
             return
-        self._report(keys, event, passed)
+        self._report(keys, *answer)
 
     def _write_all(self, settlements: Sequence[tuple[list[str], str]]) -> None:
         try:
@@ -200,13 +204,15 @@ class Admission:
             for settlement in settlements:  # one of them is to blame; twice is once for the others
                 self._write(settlement)
         else:
-            for (keys, _), (_, event, passed) in zip(settlements, answers, strict=True):
-                self._report(keys, event, passed)
+            for (keys, _), answer in zip(settlements, answers, strict=True):
+                self._report(keys, *answer)
 
     @staticmethod
-    def _report(keys: Sequence[str], event: bytes, passed: Sequence[int]) -> None:
-        if event:
-            logger.warning("circuit %s: %s", keys[3].partition(":breaker:")[2], event.decode())
+    def _report(keys: Sequence[str], _: bytes, event: bytes, passed: Sequence[int], of_provider: bytes) -> None:
+        for key, change in ((keys[3], event), (keys[4], of_provider)):
+            if change:
+                level = logging.INFO if change == b"closed" else logging.WARNING
+                logger.log(level, "circuit %s: %s", key.partition(":breaker:")[2], change.decode())
         for place in passed:
             logger.warning("soft budget %s is used up", keys[FIRST_BUDGET + place])
 

@@ -175,14 +175,17 @@ def refusal_of(request: Request, charged: Charged, now_ms: int, refusals: Sequen
     if waits:
         at, reason = min(waits, key=lambda wait: wait[0])
         return Refusal(reason, max(0.001, (int(at) - now_ms) / 1000))
-    _, at, _, left_nano, place = refusals[0]
-    budget = charged[0][place]
+    _, at, why, left_nano, place = refusals[0]
+    budget, ref = charged[0][place], request.quotes[0].model.ref
+    if why == b"unknown_price":
+        reason = f"the price of {ref} is unknown, and the hard budget {_scope(budget)} allows no such call"
+        return Refusal(reason, 0.0, for_budget=True)
     resets_at = datetime.fromtimestamp(int(at) / 1000, UTC)
-    needed = "an unknown amount" if request.quotes[0].worst_usd is None else f"up to ${request.quotes[0].worst_usd:f}"
     left_usd = max(usd_of(int(left_nano)), Decimal(0))
+    hint = ", too small even then: a smaller max_tokens helps" if why == b"budget_too_small" else ""
     return Refusal(
-        f"the hard budget {_scope(budget)} has ${left_usd:f} left and this job needs {needed} on "
-        f"{request.quotes[0].model.ref}; it starts anew at {resets_at:%Y-%m-%d %H:%M} UTC",
+        f"the hard budget {_scope(budget)} has ${left_usd:f} left and this job needs up to "
+        f"${request.quotes[0].worst_usd:f} on {ref}; it starts anew at {resets_at:%Y-%m-%d %H:%M} UTC{hint}",
         max(0.001, (int(at) - now_ms) / 1000),
         for_budget=True,
     )

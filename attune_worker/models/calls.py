@@ -55,7 +55,10 @@ class Permit:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """No call may be made now: ``retry_after_seconds`` from now it may. ``for_budget``: money is what is missing."""
+    """No call may be made now: ``retry_after_seconds`` from now it may.
+
+    ``for_budget``: money is what is missing; 0 seconds then say that time does not mend it.
+    """
 
     reason: str
     retry_after_seconds: float

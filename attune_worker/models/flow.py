@@ -179,7 +179,7 @@ class Caller:
         ends = min(deadline, now + self.settings.timeout_seconds)
         ranking = yield Rank(job)
         assert isinstance(ranking, Ranking)  # noqa: S101  # the drivers answer every Rank
-        decision: Decision | None = ranking.decision
+        decision: Decision | None = None if attempts else ranking.decision
         failures = [seen_before(attempt, self.registry) for attempt in attempts]
         spent = sum((self._spent(job, attempt) for attempt in attempts), Decimal(0))
         models = self._affordable(job, ranking.models, spent)
@@ -195,7 +195,7 @@ class Caller:
             if isinstance(verdict, Refusal):
                 if verdict.for_budget:
                     raise BudgetExceededError(
-                        verdict.reason, attempts=attempts, retry_after=verdict.retry_after_seconds
+                        verdict.reason, attempts=attempts, retry_after=verdict.retry_after_seconds or None
                     )
                 yield from _pause(verdict.retry_after_seconds, ends, start, attempts, verdict.reason)
                 continue

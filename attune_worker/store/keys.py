@@ -25,8 +25,9 @@ slots        zset    ``{ns}:slots:<provider>``          a day after the last wri
 budget       hash    ``{ns}:budget:<tenant>:<workflow>:<provider>:<per>``  63 days after the last write
 call         hash    ``{ns}:call:<id>``                 the retention time: until then a second settlement
                                                         is known for one
-calls        zset    ``{ns}:calls``                     none; an entry leaves when its call is settled.
-                                                        Score: end of the call's lease, ms
+calls        zset    ``{ns}:calls``                     none: it shows calls whose worker died, and they
+                                                        must not vanish; an entry leaves when its call
+                                                        is settled. Score: end of the call's lease, ms
 stats        hash    ``{ns}:stats:<workflow>:<stage>:<day>``  35 days after the last write
 evidence     hash    ``{ns}:evidence:<workflow>:<stage>``, ``{ns}:evidence:<workflow>``, ``{ns}:evidence``
                                                         35 days after the last write
@@ -98,7 +99,7 @@ class FleetKeys:
 
     @property
     def calls(self) -> str:
-        """The calls that are under way, by the end of their lease."""
+        """The calls under way, by the end of their lease; past it are calls whose worker died or cannot settle them."""
         return f"{self.tag}:calls"
 
     @property

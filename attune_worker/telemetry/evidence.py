@@ -57,7 +57,10 @@ class Evidence:
         )
 
     def observed(self, seen: float, half_life: float, score: float, cost_nano: float | None = None) -> Evidence:
-        """Return it after an outcome, the place's number ``seen``; ``score`` runs from 0 (failed) to 1."""
+        """Return it after an outcome, the place's number ``seen``; ``score`` runs from 0 (failed) to 1.
+
+        This is the reference for the arithmetic in ``store/lua/telemetry.lua``, which does the counting.
+        """
         before = self.at(seen, half_life)
         return Evidence(
             before.successes + score,

@@ -23,5 +23,9 @@ def test_quick_run_measures_everyone(tmp_path):
     for found in outcomes:
         assert found["wasted_calls"] > 0
         assert found["seconds_to_first_success"] > 0
-    assert "| slow | attune-worker |" in table.read_text()
+    page = table.read_text()
+    assert page.startswith("# How many calls does an outage cost a fleet of 10 workers?\n")
+    assert "| slow | attune-worker |" in page
+    assert "and at most 1 of probes: 11." in page
+    assert page.endswith("--markdown docs/benchmarks/breaker-fleet.md`.\n")
     assert "wasted" in done.stdout

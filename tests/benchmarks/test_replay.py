@@ -113,6 +113,19 @@ def test_what_was_never_chosen_is_not_estimated(tmp_path):
     assert (found["success"], found["unsupported"]) == (None, 1.0)
 
 
+def test_call_to_another_model_than_the_drawn_one_says_nothing(tmp_path):
+    """The drawn one could not be called just then; what its fallback achieved is not credited to it."""
+    displaced = []
+    for number in range(50):
+        job = result(number, Random(number))
+        first = job.attempts[0].model_copy(update={"model_id": "fallback", "outcome": "succeeded"})
+        displaced.append(job.model_copy(update={"attempts": (first,)}))
+    drawn = [result(number, Random(number)) for number in range(50, 100)]
+    file = tmp_path / "out.jsonl"
+    file.write_text("".join(job.model_dump_json() + "\n" for job in [*displaced, *drawn]))
+    assert estimates(file, "--rule", "cheapest")["as run"]["effective_calls"] == len(drawn)
+
+
 def test_bad_input_is_named(recorded, tmp_path):
     """A line that is no result is named by its number, and an unknown rule with those that are known."""
     file = tmp_path / "out.jsonl"

@@ -261,6 +261,17 @@ def test_attempts_of_earlier_starts_count(make_lab: Callable[..., Lab], settings
     assert error.attempts == (FAILED, FAILED)
 
 
+def test_decision_goes_with_the_first_call_of_a_job(lab: Lab) -> None:
+    """What comes after a failure, in this start or an earlier one, was not drawn."""
+    for earlier, decided in (((), True), ((FAILED,), False)):
+        flow = lab.flow(attempts=earlier)
+        flow.send(permit(flow.send(None)))
+        flow.send(ANSWER)
+        with pytest.raises(StopIteration) as end:
+            flow.send(None)
+        assert (end.value.value[1][-1].decision is not None) == decided
+
+
 def test_model_that_failed_too_often_in_earlier_starts_is_not_asked_again(lab: Lab) -> None:
     """Two attempts per model, over all starts."""
     effect = lab.flow(attempts=(FAILED, FAILED)).send(None)

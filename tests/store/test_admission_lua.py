@@ -384,7 +384,8 @@ def test_unknown_price_is_refused_by_a_hard_budget(admission: Admission, ask: As
     """Nobody could say that it stays within it."""
     refused = refusal(admission, ask(worst_usd=None))
     assert refused.for_budget
-    assert "needs an unknown amount" in refused.reason
+    assert "is unknown, and the hard budget per day allows no such call" in refused.reason
+    assert refused.retry_after_seconds == 0
 
 
 def test_soft_budget_warns_once_in_its_window(admission: Admission, ask: Ask, caplog: pytest.LogCaptureFixture) -> None:

@@ -32,7 +32,7 @@ for index, step in ipairs(cjson.decode(ARGV[1])) do
       budget_take(look, at)
     end
     answers[index] = { allowed = look.allowed, left_nano = integer(look.left_nano), resets_at = look.resets_at,
-      window = look.window, reason = look.reason, over_soft = look.over_soft }
+      window = look.window, reason = look.reason }
   end
 end
 return cjson.encode(answers)
@@ -146,10 +146,10 @@ def test_what_is_free_passes_a_used_up_budget(budget: Budget) -> None:
 
 def test_soft_budget_never_refuses_and_warns_once_in_a_window(budget: Budget) -> None:
     """The settlement that passes the limit says so; the next ones do not."""
-    assert budget.admit(1000, hard=False)["over_soft"] is False
+    assert budget.admit(1000, hard=False)["allowed"]
     assert budget.settle(1000, 1000, limit_nano=1000) is False
     late = budget.admit(10, hard=False)
-    assert (late["allowed"], late["over_soft"], late["left_nano"]) == (True, True, "0")
+    assert (late["allowed"], late["left_nano"]) == (True, "0")
     assert budget.settle(10, 10, limit_nano=1000) is True
     assert budget.settle(0, 10, limit_nano=1000) is False
     tomorrow = NOON + timedelta(days=1)
@@ -158,9 +158,9 @@ def test_soft_budget_never_refuses_and_warns_once_in_a_window(budget: Budget) ->
 
 def test_soft_limit_of_a_hard_budget_warns_before_it_refuses(budget: Budget) -> None:
     """Warn at 800, stop at 1000: one counter."""
-    assert budget.admit(800, soft_nano=800)["over_soft"] is False
-    assert budget.admit(1, soft_nano=800)["over_soft"] is True
-    assert budget.admit(1000, soft_nano=800)["allowed"] is False
+    assert budget.admit(900)["allowed"]
+    assert budget.settle(900, 900, limit_nano=800) is True
+    assert budget.admit(101)["allowed"] is False
 
 
 def test_next_window_starts_at_nothing(budget: Budget) -> None:

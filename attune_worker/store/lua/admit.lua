@@ -7,7 +7,7 @@
 --       limits of the provider, limits of the model, slots of the provider; then the budgets
 -- ARGV  1 JSON: {call, job, worker, lease_ms, retention_s, rules (see breaker.lua), candidates: [{ref, want (see
 --       limits.lua), estimate_nano, budgets: [{key: place among the budgets, want (see budget.lua)}]}]}
--- Returns {'admitted', place of the candidate from 0, now_ms, generation, soft budgets passed}
+-- Returns {'admitted', place of the candidate from 0, now_ms}
 --      or {'settled'} when the call has been settled already
 --      or {'refused', now_ms, {'wait' | 'budget', retry_at_ms, reason, left_nano or ''} for each candidate}
 -- TTL   call: the retention time, and at least as long as its lease
@@ -17,16 +17,16 @@ local KEYS_PER_CANDIDATE = 5
 local SOON_MS = 1000 -- when to look again for what may end at any time: a probe, or a call that has reserved money
 local first_budget = 3 + #request.candidates * KEYS_PER_CANDIDATE
 
-local state, place, generation = unpack(read(KEYS[1], 'state', 'place', 'generation'))
+local state, place = unpack(read(KEYS[1], 'state', 'place'))
 place = number(place, -1)
 if state == 'open' and place >= 0 and place < #request.candidates then
-  return { 'admitted', place, now, generation or '0', {} }
+  return { 'admitted', place, now }
 elseif state == 'settled' then
   return { 'settled' }
 end
 
 local function look(candidate, base)
-  local looked = { budgets = {}, soft = {} }
+  local looked = { budgets = {} }
   looked.circuit = breaker_look(KEYS[base + 1], now, request.rules)
   looked.provider = breaker_look(KEYS[base + 2], now, request.rules)
   looked.limits = limits_look(KEYS[base + 3], KEYS[base + 4], KEYS[base + 5], now, candidate.want)
@@ -38,9 +38,6 @@ local function look(candidate, base)
     elseif not budget.allowed then
       looked.refusal = { 'budget', integer(budget.resets_at), budget.reason, integer(budget.left_nano), one.key }
       return looked
-    end
-    if budget.over_soft then
-      looked.soft[#looked.soft + 1] = one.key
     end
     looked.budgets[#looked.budgets + 1] = budget
   end
@@ -77,7 +74,7 @@ for index, candidate in ipairs(request.candidates) do
     redis.call('EXPIRE', KEYS[1], integer(math.max(request.retention_s, math.ceil(lease_ms / 1000))))
     own(KEYS[2], 'zset')
     redis.call('ZADD', KEYS[2], integer(now + lease_ms), request.call)
-    return { 'admitted', index - 1, now, integer(taken), looked.soft }
+    return { 'admitted', index - 1, now }
   end
   refusals[index] = looked.refusal
   if looked.retry_at and (not soonest or looked.retry_at < soonest.retry_at) then

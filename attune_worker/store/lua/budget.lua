@@ -1,11 +1,10 @@
 -- Fragment: what has been spent, and may still be, in a day or a month (UTC).
 --
 -- budget_look(key, now, want)   may the call be made? Changes nothing.
---   want     {per = 'day' | 'month', limit_nano, hard, amount_nano (absent: the price is not known), soft_nano (absent:
---            a hard budget warns of nothing, a soft one at its limit)}
---   returns  {allowed, left_nano, resets_at (ms), window, over_soft, reason: budget (used up until resets_at),
---            budget_reserved (calls under way may give back enough), budget_too_small (for this call, in any
---            window), unknown_price; absent when allowed}
+--   want     {per = 'day' | 'month', limit_nano, hard, amount_nano (absent: the price is not known)}
+--   returns  {allowed, left_nano, resets_at (ms), window, reason: budget (used up until resets_at), budget_reserved
+--            (calls under way may give back enough), budget_too_small (for this call, in any window),
+--            unknown_price; absent when allowed}
 -- budget_take(look, now)   counts the amount as reserved
 -- budget_settle(key, now, settled)   once per call, by care of the caller
 --   settled  {per, window (of its admission), reserved_nano, cost_nano (absent: not known, the reservation counts as
@@ -86,8 +85,6 @@ local function budget_look(key, now, want)
     reserved_nano = reserved,
     amount_nano = amount,
   }
-  local soft = budget_nano(want.soft_nano) or (not want.hard and limit or nil)
-  look.over_soft = soft ~= nil and used + amount > soft
   if want.hard and not known then
     look.allowed, look.reason = false, 'unknown_price'
   elseif want.hard and amount > 0 and used + amount > limit then -- what is free passes no limit

@@ -8,7 +8,8 @@
 -- ARGV  1 JSON: {call, ref, retention_s, outcome: succeeded | failed | released (the call was never made),
 --       ended_ms (when it ended, by this clock), names (provider and tier as JSON), rules, result (see breaker.lua), limits (see limits.lua), budgets: [{per, limit_nano,
 --       reserved_nano, cost_nano}], cost_nano, call_of (what telemetry.lua counts; absent when released)}
--- Returns {'settled' | 'again' | 'other' (released, but leave was given for another model: nothing is done), what became of the circuit or '', {soft budgets that were passed just now}}
+-- Returns {'settled' | 'again' | 'other' (released, but leave was given for another model: nothing is done), what
+--       became of the circuit or '', {soft budgets that were passed just now}, what became of the provider's circuit}
 -- TTL   call: the retention time, in which a second settlement is known for one
 -- How much of a wait that began with the end of the call is still to come; nil when it is over.
 local function left_of(wait_ms, age_ms)
@@ -26,11 +27,11 @@ local old = age > OLD_MS
 local state, ref, generation, probed, tokens, windows, admitted_ms =
   unpack(read(KEYS[1], 'state', 'ref', 'generation', 'probed', 'tokens', 'windows', 'admitted_ms'))
 if state == 'settled' then
-  return { 'again', '', {} }
+  return { 'again', '', {}, '' }
 end
 local admitted = state == 'open'
 if admitted and request.outcome == 'released' and ref ~= request.ref then
-  return { 'other', '', {} }
+  return { 'other', '', {}, '' }
 end
 redis.call('HSET', KEYS[1], 'state', 'settled', 'outcome', request.outcome, 'settled_ms', integer(now),
   'cost_nano', request.cost_nano and integer(request.cost_nano) or '') -- first, so that no error counts a call twice
@@ -39,13 +40,13 @@ local result = request.result
 result.call = request.call
 result.generation = admitted and number(generation, nil) or nil
 result.retry_after_ms = left_of(result.retry_after_ms, age)
-local event
+local event, of_provider
 if admitted or not old then -- the circuit knows nothing of a call without an intent, so nobody waits for its result
   event = breaker_settle(KEYS[4], now, result, request.rules)
 end
 if admitted and number(probed, nil) then -- it was the probe of the provider's own circuit, too
   result.generation = number(probed, nil)
-  breaker_settle(KEYS[5], now, result, request.rules)
+  of_provider = breaker_settle(KEYS[5], now, result, request.rules)
 end
 if event or (result.outcome == 'failure' and (admitted or not old)) then
   breaker_list(KEYS[3], request.names)
@@ -88,4 +89,4 @@ redis.call('HDEL', KEYS[1], 'windows', 'place', 'generation', 'probed')
 redis.call('EXPIRE', KEYS[1], request.retention_s)
 own(KEYS[2], 'zset')
 redis.call('ZREM', KEYS[2], request.call)
-return { 'settled', event or '', passed }
+return { 'settled', event or '', passed, of_provider or '' }

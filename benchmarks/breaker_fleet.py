@@ -286,10 +286,11 @@ def bound(size: Size) -> str:
     fast = int(size.down_seconds / size.recovery_seconds)
     slow = int((size.down_seconds - size.timeout_seconds) / (size.recovery_seconds + size.timeout_seconds))
     return (
-        f"What one breaker for the fleet cannot save: the {THRESHOLD} failures in a row that open the circuit, what is in "
-        f"flight at that moment, and one probe for each time it may be tried. 'fast': {THRESHOLD} failures, what is in "
-        f"flight (at most {size.workers}), at most {fast} probes. 'slow': {size.workers} in flight before the first fails, "
-        f"the {THRESHOLD} failures among them, and at most {slow} of probes: {size.workers + slow}."
+        f"What one breaker for the fleet cannot save: the {THRESHOLD} failures in a row that open the circuit, what is "
+        "in flight at that moment, and one probe for each time it may be tried. "
+        f"'fast': {THRESHOLD} failures, what is in flight (at most {size.workers}), at most {fast} probes. "
+        f"'slow': {size.workers} in flight before the first fails, those {THRESHOLD} failures among them; "
+        f"probes: {slow} at most; together {size.workers + slow}."
     )
 
 

@@ -26,6 +26,6 @@ def test_quick_run_measures_everyone(tmp_path):
     page = table.read_text()
     assert page.startswith("# How many calls does an outage cost a fleet of 10 workers?\n")
     assert "| slow | attune-worker |" in page
-    assert "and at most 1 of probes: 11." in page
+    assert "probes: 1 at most; together 11." in page
     assert page.endswith("--markdown docs/benchmarks/breaker-fleet.md`.\n")
     assert "wasted" in done.stdout

@@ -77,6 +77,7 @@ def make_environ(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathF
             "REDIS_URL": redis_server.url,
             "NAMESPACE": f"test-{uuid4().hex[:12]}",
             "RETRY__BACKOFF_SECONDS": 0.01,
+            "ROUTING__EXPLORATION": 0,  # a test that wants chance says so
             "PROVIDERS__ANTHROPIC__BASE_URL": simulator.url,
             "PROVIDERS__ANTHROPIC__API_KEY": API_KEY,
             "PROVIDERS__OPENAI__BASE_URL": simulator.openai_url,

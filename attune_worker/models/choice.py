@@ -191,14 +191,17 @@ def _here(stage: Evidence) -> tuple[float, float, float]:
 
 
 def _usable(arms: Sequence[Arm]) -> list[int]:
-    """Return the arms that may be sent jobs: the static one, dearer tiers, and those of which enough is known."""
-    static = min([arm.tier_rank for arm in arms if arm.is_static], default=len(PRESUMED))
+    """Return the arms that may be sent jobs: the static one, those of which enough is known, and dearer tiers.
+
+    A dearer tier may help a stage out of trouble unseen; to save money a model has to be seen first.
+    """
+    static, usual = min([(arm.tier_rank, arm.cost) for arm in arms if arm.is_static], default=(len(PRESUMED), 0.0))
     known = [
         i
         for i, arm in enumerate(arms)
         if arm.is_static
         or arm.stage.calls >= ENOUGH
-        or (arm.may_explore and (arm.tier_rank > static or arm.workflow.calls >= ENOUGH))
+        or (arm.may_explore and ((arm.tier_rank > static and arm.cost >= usual) or arm.workflow.calls >= ENOUGH))
     ]
     return known or [i for i, arm in enumerate(arms) if arm.stage.calls] or list(range(len(arms)))
 

@@ -206,3 +206,11 @@ def test_exploration_ends_where_it_cannot_pay():
     """A hopeless model costs no more than its share of the exploration, and less as it is known better."""
     (share, _), _ = run((0.2, 0.92), 2000)
     assert share < EXPLORATION / 2
+
+
+def test_an_unseen_model_of_a_dearer_tier_saves_no_money_before_it_was_tried() -> None:
+    """Its tier lets one presume that it is good, which is enough to help a stage in trouble, and for nothing else."""
+    well = Evidence(successes=20.0, seen=20.0, calls=20, recent="1" * 20)
+    choice = choose([Arm("p/usual", 3.0, 1, True, stage=well), Arm("p/unseen", 2.0, 2, False)], 0.8, 0.05)
+    assert choice.best == 0
+    assert choice.scored[1].probability <= 0.05

@@ -34,7 +34,7 @@ from attune_worker.models.local_circuits import LocalCircuits
 from attune_worker.settings import Settings
 from attune_worker.store.backlog import Backlog
 from attune_worker.store.circuits import Grant
-from attune_worker.store.connection import connect, reaching
+from attune_worker.store.connection import close_idle, connect, reaching
 from attune_worker.store.outage import Outage
 from attune_worker.store.scripts import Script
 
@@ -121,7 +121,7 @@ class Admission:
     def close(self) -> None:
         """Write what is left, for a while, and give the connections back."""
         self._unsettled.close(CLOSE_SECONDS)
-        self._redis.close()
+        close_idle(self._redis)
 
     def _take_back(self, request: Request, charged: Charged) -> Request:
         """Return the request under another id: Redis may have heard the first, or may yet, and what it took comes back.

@@ -13,7 +13,7 @@ from typing import Any
 
 from attune_worker.sections import BreakerSettings
 from attune_worker.settings import Settings
-from attune_worker.store.connection import RedisClient, connect, reaching
+from attune_worker.store.connection import RedisClient, close_idle, connect, reaching
 from attune_worker.store.keys import FleetKeys
 from attune_worker.store.scripts import Script
 
@@ -122,7 +122,7 @@ class Circuits:
     def close(self) -> None:
         """Give the connections back, unless they are the caller's."""
         if self._owns_redis:
-            self._redis.close()
+            close_idle(self._redis)
 
     def _set(self, action: str, name: Name, by: str, reason: str, for_ms: int = 0, kind: str = "") -> None:
         with reaching(self._settings):

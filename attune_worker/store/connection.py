@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty
 from typing import Any
 
 from redis import BlockingConnectionPool, Redis, exceptions
@@ -180,6 +181,29 @@ def subscription(redis: RedisClient) -> PubSub:
     redis.nodes_manager.initialize()  # a node that was there before may be gone
     any_node: Callable[[], ClusterNode] = redis.get_random_node
     return PubSub(redis.get_redis_connection(any_node()).connection_pool)
+
+
+def close_idle(redis: RedisClient) -> None:
+    """Close the connections that nobody uses now; the client can be used again.
+
+    Those that other threads are using go back to their pool: redis-py's own ``close`` would cut them off in the
+    middle of a command.
+    """
+    clients = [redis] if isinstance(redis, Redis) else [node.redis_connection for node in redis.get_nodes()]
+    for client in clients:
+        if client is not None:
+            _close_idle_of(client.connection_pool)
+
+
+def _close_idle_of(pool: Any) -> None:
+    idle = []
+    with suppress(Empty):
+        while True:
+            idle.append(pool.pool.get_nowait())  # nobody else can take it now
+    for connection in reversed(idle):
+        if connection is not None:
+            connection.disconnect()
+        pool.pool.put_nowait(connection)
 
 
 @contextmanager

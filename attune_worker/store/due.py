@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attune_worker.settings import Settings
-from attune_worker.store.connection import RedisClient, connect, reaching
+from attune_worker.store.connection import RedisClient, close_idle, connect, reaching
 from attune_worker.store.keys import FleetKeys, JobKeys, due_indexes
 from attune_worker.store.scripts import Argument, Script
 
@@ -65,7 +65,7 @@ class DueJobs:
 
     def close(self) -> None:
         """Give the connections back."""
-        self._redis.close()
+        close_idle(self._redis)
 
     def _priorities(self, taken: Sequence[tuple[str, bytes]], resend_seconds: float) -> list[tuple[str, int]]:
         """Return the jobs that do wait, with their priorities; what else stood in an index is removed from it."""

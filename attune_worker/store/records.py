@@ -14,7 +14,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from attune_worker.errors import AttuneError, InvalidJobError, JobNotFoundError
 from attune_worker.jobs import Attempt, Job, JobError, JobResult, JobStatus, total_cost
 from attune_worker.settings import Settings
-from attune_worker.store.connection import Command, RedisClient, connect, reaching, together
+from attune_worker.store.connection import Command, RedisClient, close_idle, connect, reaching, together
 from attune_worker.store.keys import JobKeys
 from attune_worker.store.scripts import Argument, Script
 
@@ -243,7 +243,7 @@ class Records:
 
     def close(self) -> None:
         """Give the connections back."""
-        self._redis.close()
+        close_idle(self._redis)
 
     def _together(self, commands: Sequence[tuple[str, Command]]) -> list[Any]:
         with reaching(self._settings):

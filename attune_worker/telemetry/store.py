@@ -11,7 +11,7 @@ from redis.exceptions import ResponseError
 
 from attune_worker.errors import InvalidJobError, JobNotFoundError
 from attune_worker.settings import Settings
-from attune_worker.store.connection import Command, RedisClient, connect, reaching, together
+from attune_worker.store.connection import Command, RedisClient, close_idle, connect, reaching, together
 from attune_worker.store.keys import FleetKeys
 from attune_worker.store.scripts import Script
 from attune_worker.telemetry.evidence import HALF_LIFE
@@ -98,7 +98,7 @@ class Telemetry:
 
     def close(self) -> None:
         """Give the connections back."""
-        self._redis.close()
+        close_idle(self._redis)
 
     def _hashes(self, keys: Sequence[str]) -> list[Fields]:
         return [answer or {} for answer in self._read([(key, ("HGETALL", key)) for key in keys])]

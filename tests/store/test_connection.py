@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -50,6 +51,26 @@ def finish(records: Records, job_id: str) -> None:
     claim = records.claim(job_id, "worker", 60)
     assert isinstance(claim, Claim)
     records.finish(claim.fence, JobResult(job_id=job_id, status=JobStatus.SUCCEEDED))
+
+
+def test_closing_cuts_nobody_off(records: Records) -> None:
+    """One thread gives connections back while others use them: each of their commands is answered."""
+    stop = threading.Event()
+
+    def use() -> int:
+        used = 0
+        while not stop.is_set():
+            assert records.read(["no such job"])[0].status is JobStatus.UNKNOWN
+            used += 1
+        return used
+
+    with ThreadPoolExecutor(4) as pool:
+        users = [pool.submit(use) for _ in range(4)]
+        for _ in range(300):
+            records.close()
+            threading.Event().wait(0.001)
+        stop.set()
+        assert all(user.result() > 0 for user in users)
 
 
 @pytest.mark.parametrize(

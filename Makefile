@@ -15,7 +15,7 @@ demo: .venv/demo.stamp  ## run the whole thing once: Redis, worker, jobs, costs
 	@$(BIN)/attune-worker demo
 
 test: .venv/dev.stamp  ## run the tests, against real Redis and real workers
-	$(BIN)/pytest
+	$(BIN)/pytest -n 4 --dist loadfile
 
 check: .venv/dev.stamp  ## lint, formatting, types and import contracts
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@
         ├── DeadlineExceededError     the deadline passed before an answer came
         ├── NotNowError               nothing that may serve the job can be called before some time
         ├── BudgetExceededError       a hard budget has no room for the call
+        ├── StoppedError              it was cancelled, or its worker ends, while it ran
         └── ProviderError             one call to a provider failed
             ├── RateLimitedError         429: wait, or use another model
             ├── CredentialError          401, 402, 403, spend limit: this key is out
@@ -175,6 +176,12 @@ class BudgetExceededError(ExecutionError):
     """Raised when a hard budget has no room for the call; ``retry_after`` is in seconds, when its window ends."""
 
     type = "budget_exceeded"
+
+
+class StoppedError(ExecutionError):
+    """Raised when a job is broken off from outside while it runs; a call under way may have cost money."""
+
+    type = "stopped"
 
 
 class ProviderError(ExecutionError):

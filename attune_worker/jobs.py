@@ -66,6 +66,7 @@ class JobStatus(StrEnum):
     """Where a job is.
 
     ``unknown``: no record of it, which is not the same as waiting. ``waiting``: it was started, and goes on later.
+    ``dead``: too many workers died while they ran it, so no other is risked.
     """
 
     UNKNOWN = "unknown"
@@ -76,6 +77,7 @@ class JobStatus(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     EXPIRED = "expired"
+    DEAD = "dead"
 
     @property
     def ended(self) -> bool:
@@ -83,7 +85,7 @@ class JobStatus(StrEnum):
         return self in _ENDED
 
 
-_ENDED = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED})
+_ENDED = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED, JobStatus.DEAD})
 
 
 class _Value(BaseModel):
@@ -297,14 +299,15 @@ class Attempt(_Value):
     """One call to a provider: what was asked, how it went, and what it cost.
 
     ``cost_usd`` is None where it is not known: the model has no known price, or the connection broke
-    and the provider may or may not have charged for the call. ``call_id`` names the call in Redis.
+    and the provider may or may not have charged for the call. ``call_id`` names the call in Redis and in the ledger.
+    ``orphaned``: its worker died before it said how the call went.
     ``decision`` says how its model was chosen; None: the calls before it had failed.
     """
 
     model_id: str
     provider: str
     tier: ModelTier
-    outcome: Literal["succeeded", "failed"]
+    outcome: Literal["succeeded", "failed", "orphaned"]
     error_type: str | None = None
     latency_ms: int
     cost_usd: Usd | None = None

@@ -200,6 +200,31 @@ class RoutingSettings(Section):
     refresh_seconds: float = Field(default=1.0, gt=0, le=3600)
 
 
+class RecoverySettings(Section):
+    """How the jobs of a worker that died go on elsewhere, and how a worker ends.
+
+    A worker that has not been heard of for ``lease_seconds`` is dead: others take over its jobs. A job that
+    ``max_crashes`` workers died with is dead, too. A worker that is told to end goes on for up to
+    ``shutdown_grace_seconds`` with what it runs, and hands back the rest.
+    """
+
+    lease_seconds: float = Field(default=10.0, ge=1, le=600)
+    max_crashes: int = Field(default=3, ge=1, le=100)
+    shutdown_grace_seconds: float = Field(default=60.0, ge=0, le=86_400)
+
+
+class LedgerSettings(Section):
+    """How long the records of calls and their costs are kept.
+
+    Each call's record is kept for ``retention_days``, but no more than about ``max_records`` of all; the sums of
+    each day for ``sums_retention_days``.
+    """
+
+    retention_days: int = Field(default=35, ge=1, le=3660)
+    max_records: int = Field(default=1_000_000, ge=1000, le=1_000_000_000)
+    sums_retention_days: int = Field(default=400, ge=2, le=3660)
+
+
 @cache
 def provider_kinds() -> tuple[str, ...]:
     """Return the wire formats that are installed, without loading any of them."""

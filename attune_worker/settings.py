@@ -30,9 +30,11 @@ from attune_worker.sections import (
     BreakerSettings,
     BudgetSettings,
     HttpSettings,
+    LedgerSettings,
     LimitSettings,
     ModelSettings,
     ProviderSettings,
+    RecoverySettings,
     RetrySettings,
     RoutingSettings,
     with_scheme,
@@ -93,6 +95,8 @@ class Settings(BaseSettings):
     breaker: BreakerSettings = BreakerSettings()
     limits: LimitSettings = LimitSettings()
     routing: RoutingSettings = RoutingSettings()
+    recovery: RecoverySettings = RecoverySettings()
+    ledger: LedgerSettings = LedgerSettings()
     budgets: tuple[BudgetSettings, ...] = Field(default=(), max_length=64)
     provider_order: tuple[str, ...] = ("anthropic", "openai", "google")
     providers: dict[str, ProviderSettings] = Field(default_factory=dict, validate_default=True)
@@ -308,5 +312,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "breaker": BreakerSettings,
     "limits": LimitSettings,
     "routing": RoutingSettings,
+    "recovery": RecoverySettings,
+    "ledger": LedgerSettings,
     "budgets": BudgetSettings,
 }

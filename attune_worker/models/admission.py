@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -61,8 +61,10 @@ NO_ROOM = ("OOM", "MISCONF", "READONLY", "LOADING", "BUSY", "NOREPLICAS", "MASTE
 class Admission:
     """Asks leave for the calls of one process and settles them; safe for use from many threads."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, holds: Callable[[str], bool] | None = None) -> None:
+        """``holds`` says of a worker's lease whether it still holds, as far as this process knows."""
         self._settings = settings
+        self._holds = holds or (lambda _lease: True)
         self._redis = connect(settings)
         self._lease_ms = round((settings.http.request_timeout_seconds + LEASE_MARGIN_SECONDS) * 1000)
         self._worker = f"{socket.gethostname()}:{os.getpid()}"

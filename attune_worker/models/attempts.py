@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from decimal import Decimal
 
-from attune_worker.errors import ProviderError
+from attune_worker.errors import ProviderError, StoppedError
 from attune_worker.jobs import Attempt, Decision, Job
 from attune_worker.models.pricing import cost
 from attune_worker.models.registry import ModelInfo
@@ -20,12 +20,23 @@ TELLING_CHARACTERS = 5
 
 def attempt_of(
     model: ModelInfo,
-    outcome: Answer | ProviderError,
+    outcome: Answer | ProviderError | StoppedError,
     latency_ms: int,
     call_id: str | None = None,
     decision: Decision | None = None,
 ) -> Attempt:
     """Return the record of a call that ended so, after ``latency_ms``."""
+    if isinstance(outcome, StoppedError):
+        return Attempt(
+            model_id=model.id,
+            provider=model.provider,
+            tier=model.tier,
+            outcome="failed",
+            error_type=outcome.type,
+            latency_ms=latency_ms,
+            call_id=call_id,
+            decision=decision,
+        )
     if isinstance(outcome, ProviderError):
         return Attempt(
             model_id=model.id,

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Self
 
 from attune_worker.budget import BudgetKey
-from attune_worker.errors import ProviderError, RateLimitedError
+from attune_worker.errors import ProviderError, RateLimitedError, StoppedError
 from attune_worker.jobs import Attempt, Job
 from attune_worker.models.registry import ModelInfo
 from attune_worker.providers.base import Answer
@@ -25,12 +25,17 @@ class Quote:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A call that is wanted, to the first of ``quotes`` that everything allows."""
+    """A call that is wanted, to the first of ``quotes`` that everything allows.
+
+    ``lease`` names the worker's lease under which the job was claimed: without it, no call is allowed. Empty: the
+    call is not a worker's.
+    """
 
     call_id: str
     job_id: str
     job: Job
     quotes: tuple[Quote, ...]
+    lease: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +100,10 @@ class Outcome:
         return None if self.input_tokens is None else self.input_tokens + (self.output_tokens or 0)
 
     @classmethod
-    def of(cls, outcome: Answer | ProviderError, attempt: Attempt, observed: Observed | None) -> Self:
+    def of(cls, outcome: Answer | ProviderError | StoppedError, attempt: Attempt, observed: Observed | None) -> Self:
         """Return the outcome of a call that has ended."""
+        if isinstance(outcome, StoppedError):
+            return cls.abandoned(attempt.latency_ms)
         if isinstance(outcome, Answer):
             usage = outcome.usage
             return cls(

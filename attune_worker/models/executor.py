@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -16,7 +15,8 @@ from typing import Any, Self
 
 from pydantic import JsonValue
 
-from attune_worker.errors import ProviderError
+from attune_worker.errors import ProviderError, StoppedError
+from attune_worker.interruption import Interruption
 from attune_worker.jobs import Attempt, Job, ModelTier, Usage, total_cost
 from attune_worker.models.adaptive import AdaptiveModelRouter
 from attune_worker.models.admission import Admission
@@ -89,12 +89,18 @@ class EmpathyLLMExecutor:
     its time is up, and the last ``ProviderError`` when every attempt failed; each carries the ``attempts`` made.
     """
 
-    def __init__(self, settings: Settings | None = None, registry: Registry | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        registry: Registry | None = None,
+        holds: Callable[[str], bool] | None = None,
+    ) -> None:
+        """``holds`` says whether a worker's lease still holds, as far as this process knows; see ``execute``."""
         self.settings = settings or get_settings()
         self.registry = registry or Registry.from_settings(self.settings)
         self.router = AdaptiveModelRouter(self.settings, self.registry)
         self._sender = HttpSender(self.settings.http)
-        self._admission = Admission(self.settings)
+        self._admission = Admission(self.settings, holds)
         self._caller = Caller(self.settings, self.registry, self.router, self._admission.settle_later)
 
     def run(
@@ -137,17 +143,21 @@ class EmpathyLLMExecutor:
         job_id: str = "",
         attempts: Sequence[Attempt] = (),
         patience_seconds: float | None = None,
+        lease: str = "",
+        interruption: Interruption | None = None,
     ) -> LLMResponse:
         """Answer ``job`` within ``timeout_seconds``, or within the configured time if that is shorter.
 
         ``attempts`` were made in earlier starts of the job. With ``patience_seconds``, ``NotNowError`` is raised
-        instead of a longer wait.
+        instead of a longer wait. Under a worker's ``lease`` no call begins once that is lost. ``StoppedError`` is
+        raised when ``interruption`` stops the job: a call under way is cut off.
         """
-        flow = self._caller.flow(Start(job, job_id, timeout_seconds, tuple(attempts), patience_seconds))
+        interruption = interruption or Interruption()
+        flow = self._caller.flow(Start(job, job_id, timeout_seconds, tuple(attempts), patience_seconds, lease))
         reply: Reply = None
         try:
             while True:
-                reply = self._perform(flow.send(reply))
+                reply = self._perform(flow.send(reply), interruption)
         except StopIteration as end:
             return _response(job, *end.value)
         finally:
@@ -177,21 +187,21 @@ class EmpathyLLMExecutor:
     ) -> None:
         self.close()
 
-    def _perform(self, effect: Effect) -> Reply:
+    def _perform(self, effect: Effect, interruption: Interruption) -> Reply:
         match effect:
             case Rank(job):
                 return self._caller.rank(job)
             case Admit(request):
-                return self._admission.admit(request)
+                return interruption.error() if interruption.stopped else self._admission.admit(request)
             case Send(request, timeout_seconds):
                 try:
-                    return self._sender.send(request, timeout_seconds)
-                except ProviderError as error:
+                    return self._sender.send(request, timeout_seconds, interruption)
+                except (ProviderError, StoppedError) as error:
                     return error
             case Settle(permit, outcome):
                 self._admission.settle(permit, outcome)
             case Wait(seconds):
-                time.sleep(seconds)
+                return interruption.error() if interruption.wait(seconds) else None
         return None
 
     async def _aperform(self, effect: Effect) -> Reply:
@@ -206,7 +216,7 @@ class EmpathyLLMExecutor:
             case Wait(seconds):
                 await asyncio.sleep(seconds)
                 return None
-        return await asyncio.to_thread(self._perform, effect)
+        return await asyncio.to_thread(self._perform, effect, Interruption())
 
     async def _aadmit(self, request: Request) -> Permit | Refusal:
         verdict: Future[Permit | Refusal] = Future()

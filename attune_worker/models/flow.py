@@ -23,6 +23,7 @@ from attune_worker.errors import (
     ExecutionError,
     NotNowError,
     ProviderError,
+    StoppedError,
 )
 from attune_worker.jobs import Attempt, Decision, Job
 from attune_worker.models.adaptive import AdaptiveModelRouter, Ranking
@@ -56,14 +57,14 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Effect: ask leave for a call; answered with a ``Permit`` or a ``Refusal``."""
+    """Effect: ask leave for a call; answered with a ``Permit``, a ``Refusal``, or ``StoppedError``."""
 
     request: Request
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Effect: send the request; answered with the response, or the error that came instead."""
+    """Effect: send the request; answered with the response, or the error that came instead (it may be stopped)."""
 
     request: HttpRequest
     timeout_seconds: float
@@ -79,13 +80,13 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Effect: let that much time pass."""
+    """Effect: let that much time pass; answered with ``StoppedError`` when the job is stopped meanwhile."""
 
     seconds: float
 
 
 Effect = Rank | Admit | Send | Settle | Wait
-Reply = Ranking | HttpResponse | ProviderError | Permit | Refusal | None
+Reply = Ranking | HttpResponse | ProviderError | StoppedError | Permit | Refusal | None
 Flow = Generator[Effect, Reply, tuple[Answer, tuple[Attempt, ...]]]
 
 
@@ -95,7 +96,7 @@ class Start:
 
     ``attempts`` were made in earlier starts. ``timeout_seconds`` is left until the job's deadline (None: it has
     none). With ``patience_seconds`` a longer wait ends the start with ``NotNowError``, as does one that would
-    outlast the start; without, the flow waits as long as its time allows.
+    outlast the start; without, the flow waits as long as its time allows. ``lease``: see ``Request``.
     """
 
     job: Job
@@ -103,6 +104,7 @@ class Start:
     timeout_seconds: float | None = None
     attempts: tuple[Attempt, ...] = ()
     patience_seconds: float | None = None
+    lease: str = ""
 
 
 class Caller:
@@ -191,7 +193,7 @@ class Caller:
             yield from _pause(step.wait_seconds, ends, start, attempts, f"{step.model.ref} failed before")
             if time.monotonic() >= ends:
                 raise DeadlineExceededError("the time for this job was up before an answer came", attempts=attempts)
-            verdict = yield from self._ask(start, (step.model, *step.instead))
+            verdict = yield from self._ask(start, (step.model, *step.instead), attempts)
             if isinstance(verdict, Refusal):
                 if verdict.for_budget:
                     raise BudgetExceededError(
@@ -202,20 +204,25 @@ class Caller:
             outcome, attempt = yield from self._call(job, verdict, ends - time.monotonic(), decision)
             decision = None
             attempts.append(attempt)
+            _go_on_unless_stopped(outcome, attempts)
             if isinstance(outcome, Answer):
                 return outcome, tuple(attempts)
+            assert isinstance(outcome, ProviderError)  # noqa: S101  # all else is dealt with
             logger.debug("%s on %s failed: %s", job.task_type, verdict.model.ref, outcome.type)
             failures.append(Failure(verdict.model, outcome, time.monotonic()))
             spent += self._spent(job, attempt)
             models = self._affordable(job, models, spent)
 
-    def _ask(self, start: Start, models: Sequence[ModelInfo]) -> Generator[Effect, Reply, Permit | Refusal]:
+    def _ask(
+        self, start: Start, models: Sequence[ModelInfo], attempts: Sequence[Attempt]
+    ) -> Generator[Effect, Reply, Permit | Refusal]:
         """Ask leave for the first of ``models`` that may be called, a few at a time; refused are they all together."""
         refusals: list[Refusal] = []
         for first in range(0, len(models), ADMITTED_TOGETHER):
             verdict = yield Admit(self._request(start, models[first : first + ADMITTED_TOGETHER]))
             if isinstance(verdict, Permit):
                 return verdict
+            _go_on_unless_stopped(verdict, attempts)
             assert isinstance(verdict, Refusal)  # noqa: S101  # the drivers answer every Admit
             refusals.append(verdict)
         waits = [refusal for refusal in refusals if not refusal.for_budget]
@@ -264,6 +271,7 @@ class Caller:
         return Request(
             call_id=uuid4().hex,
             job_id=start.job_id,
+            lease=start.lease,
             job=job,
             quotes=tuple(
                 Quote(
@@ -277,14 +285,14 @@ class Caller:
 
     def _call(
         self, job: Job, permit: Permit, remaining_seconds: float, decision: Decision | None
-    ) -> Generator[Effect, Reply, tuple[Answer | ProviderError, Attempt]]:
+    ) -> Generator[Effect, Reply, tuple[Answer | ProviderError | StoppedError, Attempt]]:
         model = permit.model
         provider = adapter(self.settings.providers[model.provider].kind)
         endpoint = self._endpoints[model.provider]
         started = time.monotonic()
         ended = Outcome.released()
         try:  # whatever breaks it off (cancelled, interrupted, the generator closed), what was taken is settled
-            request = provider.build(endpoint, self._chat(job, model))
+            request = provider.build(endpoint, self._chat(job, model, permit.call_id))
             ended = Outcome.abandoned(0)
             timeout_seconds = max(0.001, min(self.settings.http.request_timeout_seconds, remaining_seconds))
             reply = yield Send(request, timeout_seconds)
@@ -305,16 +313,16 @@ class Caller:
         return outcome, attempt
 
     @staticmethod
-    def _outcome(provider: Provider, reply: Reply) -> Answer | ProviderError:
+    def _outcome(provider: Provider, reply: Reply) -> Answer | ProviderError | StoppedError:
         if not isinstance(reply, HttpResponse):
-            assert isinstance(reply, ProviderError)  # noqa: S101  # the drivers answer every Send
+            assert isinstance(reply, ProviderError | StoppedError)  # noqa: S101  # the drivers answer every Send
             return reply
         try:
             return provider.parse(reply) if 200 <= reply.status < 300 else provider.failure(reply)
         except ProviderError as error:
             return error
 
-    def _chat(self, job: Job, model: ModelInfo) -> ChatRequest:
+    def _chat(self, job: Job, model: ModelInfo, call_id: str) -> ChatRequest:
         return ChatRequest(
             model_id=model.id,
             messages=job.turns,
@@ -324,6 +332,7 @@ class Caller:
             stop=job.stop,
             end_user=self._opaque(job.user_id) if job.user_id else None,
             session=self._opaque(job.session_id) if job.session_id else None,
+            call_id=call_id,
         )
 
     def _opaque(self, name: str) -> str:
@@ -355,7 +364,13 @@ def _pause(
             attempts=attempts,
             retry_after=seconds,
         )
-    yield Wait(seconds)
+    _go_on_unless_stopped((yield Wait(seconds)), attempts)
+
+
+def _go_on_unless_stopped(reply: object, attempts: Sequence[Attempt]) -> None:
+    if isinstance(reply, StoppedError):
+        reply.attempts = tuple(attempts)
+        raise reply
 
 
 def _given_up(failures: Sequence[Failure], attempts: Sequence[Attempt], in_time: bool) -> ExecutionError:

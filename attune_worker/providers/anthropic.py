@@ -45,6 +45,8 @@ class Anthropic:
             "accept": "application/json",
             "anthropic-version": API_VERSION,
         }
+        if chat.call_id:
+            headers["x-client-request-id"] = chat.call_id
         if endpoint.api_key:
             headers["x-api-key"] = endpoint.api_key
         return HttpRequest(f"{endpoint.base_url}/v1/messages", headers, wire.encode(_fields(chat)))

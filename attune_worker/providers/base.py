@@ -29,7 +29,9 @@ class ChatRequest:
     """What is asked of a model, in no provider's words yet.
 
     ``max_tokens`` bounds the output. ``end_user`` is an opaque hash for the provider's abuse
-    detection, ``session`` groups calls that share a prefix, for the provider's prompt cache.
+    detection, ``session`` groups calls that share a prefix, for the provider's prompt cache. ``call_id``
+    is our id of the call, sent as ``x-client-request-id`` where the wire format has room for headers: with it the
+    provider's account can be held against ours.
     """
 
     model_id: str
@@ -40,6 +42,7 @@ class ChatRequest:
     stop: tuple[str, ...] = ()
     end_user: str | None = None
     session: str | None = None
+    call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

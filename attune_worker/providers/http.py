@@ -9,19 +9,21 @@ flows have no place here and cost about as much CPU as the call itself.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from typing import Any
 
 import httpcore
 import httpx
 
-from attune_worker.errors import MalformedAnswerError, ProviderConnectionError, ProviderTimeoutError
+from attune_worker.errors import MalformedAnswerError, ProviderConnectionError, ProviderError, ProviderTimeoutError
+from attune_worker.interruption import Interruption
 from attune_worker.providers.base import HttpRequest, HttpResponse
 from attune_worker.sections import HttpSettings
 
@@ -36,14 +38,29 @@ class HttpSender:
         self._settings = settings
         self._local = threading.local()
 
-    def send(self, request: HttpRequest, timeout_seconds: float) -> HttpResponse:
+    def send(
+        self, request: HttpRequest, timeout_seconds: float, interruption: Interruption | None = None
+    ) -> HttpResponse:
         """Send ``request`` once and read the answer within ``timeout_seconds``.
 
         Raises ``ProviderTimeoutError``, ``ProviderConnectionError``, or ``MalformedAnswerError`` for
         an answer beyond ``max_response_bytes``. Redirects are not followed: they come back as they are.
+        When ``interruption`` stops the job the connection is closed and ``StoppedError`` raised.
         """
+        interruption = interruption or Interruption()
         own = self._own
-        own.network.deadline = time.monotonic() + timeout_seconds
+        own.network.begin(time.monotonic() + timeout_seconds)
+        interruption.cut_with(own.network.cut)
+        try:
+            return self._exchange(own, request, timeout_seconds)
+        except ProviderError:
+            if interruption.stopped:
+                raise interruption.error() from None
+            raise
+        finally:
+            interruption.cut_with(None)
+
+    def _exchange(self, own: _OwnTransport, request: HttpRequest, timeout_seconds: float) -> HttpResponse:
         with _failures_named():
             response = own.transport.handle_request(self._prepared(request, timeout_seconds))
             try:
@@ -112,16 +129,43 @@ class _OwnTransport:
 
 
 class _Network(httpcore.SyncBackend):
-    """Connections whose reads end at ``deadline`` (seconds, monotonic), one answer at a time.
+    """Connections whose reads end at a deadline, or when another thread says so; one answer at a time.
 
     httpcore bounds every single read, so a server that sends a byte now and then would never be late.
     """
 
-    deadline = float("inf")
+    def __init__(self) -> None:
+        self.deadline = float("inf")
+        self._cut = False
+        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+
+    def begin(self, deadline: float) -> None:
+        """Expect an answer until ``deadline`` (seconds, monotonic)."""
+        self.deadline = deadline
+        self._cut = False
+
+    def cut(self) -> None:
+        """Close this thread's connections from another thread: whoever reads from them hears of it at once."""
+        self._cut = True
+        for stream in tuple(self._streams):
+            stream.shut_down()
+
+    def check(self) -> None:
+        """Raise unless the answer is still waited for."""
+        if self._cut:
+            raise httpcore.ReadError("the job was stopped")
+        if self.deadline <= time.monotonic():
+            raise httpcore.ReadTimeout("the answer was still arriving when its time was up")
 
     def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
         """Connect as httpcore does."""
-        return _Stream(super().connect_tcp(*args, **kwargs), self)
+        return self.watched(super().connect_tcp(*args, **kwargs))
+
+    def watched(self, stream: httpcore.NetworkStream) -> httpcore.NetworkStream:
+        """Return a connection that ends with this thread's deadline and can be cut."""
+        watched = _Stream(stream, self)
+        self._streams.add(watched)
+        return watched
 
 
 class _Stream(httpcore.NetworkStream):
@@ -130,19 +174,24 @@ class _Stream(httpcore.NetworkStream):
         self._network = network
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        left = self._network.deadline - time.monotonic()
-        if left <= 0:
-            raise httpcore.ReadTimeout("the answer was still arriving when its time was up")
+        self._network.check()
+        left = max(0.001, self._network.deadline - time.monotonic())
         return self._stream.read(max_bytes, left if timeout is None else min(timeout, left))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._network.check()
         self._stream.write(buffer, timeout)
+
+    def shut_down(self) -> None:
+        with suppress(OSError):  # it may be closed already
+            if isinstance(own := self._stream.get_extra_info("socket"), socket.socket):
+                own.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._stream.close()
 
     def start_tls(self, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
-        return _Stream(self._stream.start_tls(*args, **kwargs), self._network)
+        return self._network.watched(self._stream.start_tls(*args, **kwargs))
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)

@@ -43,6 +43,8 @@ class OpenAI:
     def build(self, endpoint: Endpoint, chat: ChatRequest) -> HttpRequest:
         """Return the request that asks ``chat``; a server that needs no key gets none."""
         headers = {"content-type": "application/json", "accept": "application/json"}
+        if chat.call_id:
+            headers["x-client-request-id"] = chat.call_id
         if endpoint.api_key:
             headers["authorization"] = f"Bearer {endpoint.api_key}"
         fields = _fields(chat) | _limits_and_keys(chat, _host(endpoint.base_url))

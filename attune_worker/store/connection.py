@@ -189,8 +189,11 @@ def close_idle(redis: RedisClient) -> None:
     Those that other threads are using go back to their pool: redis-py's own ``close`` would cut them off in the
     middle of a command.
     """
-    clients = [redis] if isinstance(redis, Redis) else [node.redis_connection for node in redis.get_nodes()]
-    for client in clients:
+    if isinstance(redis, Redis):
+        _close_idle_of(redis.connection_pool)
+        return
+    nodes: Callable[[], list[ClusterNode]] = redis.get_nodes
+    for client in [node.redis_connection for node in nodes()]:
         if client is not None:
             _close_idle_of(client.connection_pool)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from attune_worker.settings import Settings
 from attune_worker.store.connection import RedisClient, close_idle, connect, reaching
-from attune_worker.store.keys import FleetKeys, JobKeys, due_indexes
+from attune_worker.store.keys import FleetKeys, JobKeys, shards
 from attune_worker.store.scripts import Argument, Script
 
 LEAD = Script("lead", "values")
@@ -38,7 +38,7 @@ class DueJobs:
     def __init__(self, settings: Settings, redis: RedisClient | None = None) -> None:
         self._settings = settings
         self._redis = redis or connect(settings, max_connections=2)
-        self._indexes = due_indexes(settings.namespace)
+        self._indexes = [shard.due for shard in shards(settings.namespace)]
 
     def lead(self, worker: str, lease_seconds: float) -> bool:
         """Return whether ``worker`` is the one that wakes what is due, now and for ``lease_seconds``."""

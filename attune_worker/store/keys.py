@@ -6,13 +6,18 @@ key          type    name                               lifetime
 record       hash    ``{ns:07}:job:<id>``               none until the job ends (an accepted job must
                                                         not vanish), then the retention time
 queued       zset    ``{ns:07}:queued``                 none; an entry leaves when its job is claimed
-                                                        or ends. Score: time of acceptance, ms
-running      zset    ``{ns:07}:running``                none; an entry leaves when its job ends.
-                                                        Score: end of the lease, ms
+                                                        or ends. Score: when its last wake-up was sent, ms
+running      hash    ``{ns:07}:running``                none; a field leaves when its job ends or waits.
+                                                        Job id -> lease of the worker that runs it
 waiters      set     ``{ns:07}:waiters:<id>``           an hour after the last client began to wait;
                                                         gone when the job ends
-due          zset    ``{ns:07}:due``                    none; an entry leaves when its job is claimed
-                                                        or ends. Score: when to wake it next, ms
+due          zset    ``{ns:07}:due``                    none; an entry leaves when its job is claimed or
+                                                        ends. Score, ms: when to wake a job that waits
+                                                        next, or the deadline of one that is queued
+dead         zset    ``{ns:07}:dead``                   none; an entry leaves when its job is retried, or
+                                                        after its record. Score: time of the end, ms
+ended        zset    ``{ns:07}:ended``                  none; the latest 1,000 that ended in this shard.
+                                                        Score: time of the end, ms
 inbox        channel ``{ns}:inbox:<client>``            pub/sub, kept nowhere
 circuit      hash    ``{ns}:breaker:<provider>:<tier>`` a day longer than it is open or forced, 366 days where
                                                         it is forced without end; gone means closed
@@ -28,6 +33,13 @@ call         hash    ``{ns}:call:<id>``                 the retention time: unti
 calls        zset    ``{ns}:calls``                     none: it shows calls whose worker died, and they
                                                         must not vanish; an entry leaves when its call
                                                         is settled. Score: end of the call's lease, ms
+jobcalls     list    ``{ns}:jobcalls:<job id>``         the retention time after the last call; ids of the
+                                                        job's calls, in order
+workers      zset    ``{ns}:workers``                   none; an entry leaves when its worker ends, or is
+                                                        found dead. Lease -> its end, ms
+sweep        hash    ``{ns}:sweep``                     a day: since when leases are watched without a gap
+ledger       stream  ``{ns}:ledger``                    one entry a call; by age and number, see settings
+costs        hash    ``{ns}:costs:<day>``               ``ledger.sums_retention_days``
 stats        hash    ``{ns}:stats:<workflow>:<stage>:<day>``  35 days after the last write
 evidence     hash    ``{ns}:evidence:<workflow>:<stage>``, ``{ns}:evidence:<workflow>``, ``{ns}:evidence``
                                                         35 days after the last write
@@ -59,6 +71,44 @@ SHARDS = 16
 
 
 @dataclass(frozen=True, slots=True)
+class ShardKeys:
+    """The indexes of one shard's jobs."""
+
+    namespace: str
+    shard: int
+
+    @property
+    def tag(self) -> str:
+        """What all keys of the shard begin with."""
+        return f"{{{self.namespace}:{self.shard:02d}}}"
+
+    @property
+    def queued(self) -> str:
+        """The jobs that wait for their first start."""
+        return f"{self.tag}:queued"
+
+    @property
+    def running(self) -> str:
+        """The jobs that run, with the lease of the worker that runs each."""
+        return f"{self.tag}:running"
+
+    @property
+    def due(self) -> str:
+        """The jobs to look at, by the time when."""
+        return f"{self.tag}:due"
+
+    @property
+    def dead(self) -> str:
+        """The jobs that too many workers died with."""
+        return f"{self.tag}:dead"
+
+    @property
+    def ended(self) -> str:
+        """The jobs that ended last."""
+        return f"{self.tag}:ended"
+
+
+@dataclass(frozen=True, slots=True)
 class JobKeys:
     """The keys of one job."""
 
@@ -66,17 +116,22 @@ class JobKeys:
     queued: str
     running: str
     due: str
+    dead: str
+    ended: str
     waiters: str
 
     @classmethod
     def of(cls, namespace: str, job_id: str) -> JobKeys:
         """Return the keys of ``job_id``."""
-        tag = _shard_tag(namespace, shard_of(job_id))
+        shard = ShardKeys(namespace, shard_of(job_id))
+        tag = shard.tag
         return cls(
             record=f"{tag}:job:{job_id}",
-            queued=f"{tag}:queued",
-            running=f"{tag}:running",
-            due=f"{tag}:due",
+            queued=shard.queued,
+            running=shard.running,
+            due=shard.due,
+            dead=shard.dead,
+            ended=shard.ended,
             waiters=f"{tag}:waiters:{job_id}",
         )
 
@@ -108,6 +163,21 @@ class FleetKeys:
         return f"{self.tag}:stages"
 
     @property
+    def workers(self) -> str:
+        """The leases of the workers, by their ends."""
+        return f"{self.tag}:workers"
+
+    @property
+    def sweep(self) -> str:
+        """Since when leases have been watched without a gap."""
+        return f"{self.tag}:sweep"
+
+    @property
+    def ledger(self) -> str:
+        """The cost record of every call."""
+        return f"{self.tag}:ledger"
+
+    @property
     def sweeper(self) -> str:
         """Which worker sends what is due."""
         return f"{self.tag}:sweeper"
@@ -133,6 +203,14 @@ class FleetKeys:
         """Return the key of one call's intent and settlement."""
         return f"{self.tag}:call:{part(call_id)}"
 
+    def job_calls(self, job_id: str) -> str:
+        """Return the key of the ids of a job's calls."""
+        return f"{self.tag}:jobcalls:{part(job_id)}"
+
+    def costs(self, day: str) -> str:
+        """Return the key of a day's sums (``day`` like 20261123)."""
+        return f"{self.tag}:costs:{day}"
+
     def stats(self, workflow: str, stage: str, day: str) -> str:
         """Return the key of a day's counters (``day`` like 20261123)."""
         return f"{self.tag}:stats:{part(workflow)}:{part(stage)}:{day}"
@@ -153,13 +231,9 @@ def part(name: str | None) -> str:
     return encoded if len(encoded) <= MAX_PART else f"~{hashlib.blake2b(raw, digest_size=20).hexdigest()}"
 
 
-def due_indexes(namespace: str) -> list[str]:
-    """Return the due index of each shard."""
-    return [f"{_shard_tag(namespace, shard)}:due" for shard in range(SHARDS)]
-
-
-def _shard_tag(namespace: str, shard: int) -> str:
-    return f"{{{namespace}:{shard:02d}}}"
+def shards(namespace: str) -> list[ShardKeys]:
+    """Return the indexes of all shards."""
+    return [ShardKeys(namespace, shard) for shard in range(SHARDS)]
 
 
 def shard_of(job_id: str) -> int:

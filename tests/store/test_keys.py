@@ -7,12 +7,12 @@ from attune_worker.store.keys import (
     SHARDS,
     FleetKeys,
     JobKeys,
-    due_indexes,
     idempotent_job_id,
     inbox,
     new_job_id,
     part,
     shard_of,
+    shards,
 )
 
 odd_ids = ["}", "{", "{}", "a}b{c", ":job:", "queued", "07", "\ud800"]
@@ -85,11 +85,11 @@ def test_random_ids_differ() -> None:
     assert len({new_job_id() for _ in range(1000)}) == 1000
 
 
-def test_due_indexes_are_those_of_all_shards() -> None:
+def test_the_shards_are_those_of_all_jobs() -> None:
     """The sweeper looks at every index that a job can stand in, and at no other."""
     found = {JobKeys.of("ns", f"job-{number}").due for number in range(1000)}
-    assert set(due_indexes("ns")) == found
-    assert len(due_indexes("ns")) == SHARDS
+    assert {shard.due for shard in shards("ns")} == found
+    assert len(shards("ns")) == SHARDS
 
 
 odd_names = st.text(max_size=30) | st.sampled_from(

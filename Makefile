@@ -4,10 +4,10 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do com
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test test-rabbitmq check format bench clean
 
 help:  ## show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
 
 setup: .venv/dev.stamp  ## make .venv with everything for development
 
@@ -16,6 +16,9 @@ demo: .venv/demo.stamp  ## run the whole thing once: Redis, worker, jobs, costs
 
 test: .venv/dev.stamp  ## run the tests, against real Redis and real workers
 	$(BIN)/pytest -n 4 --dist loadfile
+
+test-rabbitmq: .venv/dev.stamp  ## run the tests with RabbitMQ as the broker; it has to be installed (rabbitmq-server)
+	$(BIN)/pytest -m rabbitmq
 
 check: .venv/dev.stamp  ## lint, formatting, types and import contracts
 	$(BIN)/ruff check .

@@ -106,9 +106,10 @@ class Client:
         return wait_for(self.records, self.inbox, job_id, timeout).to_result()
 
     def cancel(self, job_id: str) -> bool:
-        """Cancel the job if it has not started, or was put back to wait; return whether it is cancelled.
+        """Cancel the job unless it has ended; return whether it is cancelled, or will be.
 
-        Raises ``JobNotFoundError`` for an unknown job.
+        One that runs is stopped by its worker within about a second: a call under way is cut off, though its provider
+        may still charge for it. ``result`` then says what is known. Raises ``JobNotFoundError`` for an unknown job.
         """
         status = self.records.cancel(job_id)
         if status is JobStatus.UNKNOWN:

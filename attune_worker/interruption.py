@@ -9,7 +9,7 @@ from attune_worker.errors import StoppedError
 
 
 class Interruption:
-    """Stops one start of a job: once ``stop`` was called, waits end, calls are cut off, and no other is begun.
+    """Stops one start of a job, in one of two ways: with what it does just now, or right through it.
 
     Made before the job starts and dropped after it; safe to use from many threads.
     """
@@ -18,20 +18,27 @@ class Interruption:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._cut: Callable[[], object] | None = None
+        self.cut_off = False
+        """Whether a call under way is broken off as well."""
         self.reason = ""
 
     @property
     def stopped(self) -> bool:
-        """Whether ``stop`` was called."""
+        """Whether no further call is to be made, and no wait begun."""
         return self._stopped.is_set()
 
-    def stop(self, reason: str) -> None:
-        """Stop the job; the first reason given is the one that stands. Returns at once."""
+    def wind_down(self, reason: str) -> None:
+        """Have the job end its wait, or its call, and begin nothing after it. Returns at once."""
         with self._lock:
-            if self._stopped.is_set():
+            self._give(reason)
+
+    def stop(self, reason: str) -> None:
+        """Stop the job at once, cutting off a call under way. Returns at once."""
+        with self._lock:
+            if self.cut_off:
                 return
-            self.reason = reason
-            self._stopped.set()
+            self._give(reason)
+            self.cut_off = True
             if self._cut is not None:
                 self._cut()
 
@@ -47,9 +54,13 @@ class Interruption:
         """
         with self._lock:
             self._cut = cut
-            if cut is not None and self._stopped.is_set():
+            if cut is not None and self.cut_off:
                 cut()
 
     def error(self) -> StoppedError:
-        """Return the error that says why the job was stopped."""
+        """Return the error that says why the job was stopped; of several reasons, the first."""
         return StoppedError(self.reason or "stopped")
+
+    def _give(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self._stopped.set()

@@ -91,16 +91,27 @@ class LocalWorker:
     """One worker process, as ``attune-worker worker`` starts it, with its log in a file."""
 
     def __init__(
-        self, name: str, environ: Mapping[str, str], log: Path, *, concurrency: int = 50, pool: str = "threads"
+        self,
+        name: str,
+        environ: Mapping[str, str],
+        log: Path,
+        *,
+        concurrency: int = 50,
+        pool: str = "threads",
+        liveness_file: Path | None = None,
     ) -> None:
         self.name = name
         self.log = log
         self._environ = dict(environ)
         self._options = ["--concurrency", str(concurrency), "--pool", pool, "--name", name]
+        if liveness_file is not None:
+            self._options += ["--liveness-file", str(liveness_file)]
         self.process: subprocess.Popen[bytes] | None = None
+        self._asked = False
 
     def start(self) -> None:
         """Start the process; it takes jobs about two seconds later."""
+        self._asked = False
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "attune_worker", "worker", *self._options],
@@ -128,8 +139,9 @@ class LocalWorker:
             time.sleep(0.05)
 
     def terminate(self) -> None:
-        """Ask the worker to finish what it runs and end (SIGTERM)."""
-        if self.process is not None and self.process.poll() is None:
+        """Ask the worker, once, to finish what it runs and end (SIGTERM); a second signal would hurry it."""
+        if self.process is not None and self.process.poll() is None and not self._asked:
+            self._asked = True
             self.process.send_signal(signal.SIGTERM)
 
     def stop(self, timeout_seconds: float = STOP_SECONDS) -> None:

@@ -24,7 +24,7 @@ from attune_worker.errors import (
 from attune_worker.jobs import Job, JobResult, JobStatus
 from attune_worker.settings import Settings
 from attune_worker.store.keys import JobKeys
-from attune_worker.store.records import Claim, Records
+from attune_worker.store.records import Claim, Finish, Records
 
 SECRET = "the merger with Initech is off"
 SOON = 10.0
@@ -41,9 +41,9 @@ def finish(records: Records) -> Callable[..., None]:
     """Return a function that does to a job what a worker does."""
 
     def finish(job_id: str, content: str = "done", status: JobStatus = JobStatus.SUCCEEDED) -> None:
-        claim = records.claim(job_id, "worker", 60)
+        claim = records.claim(job_id, "worker", "lease-1")
         assert isinstance(claim, Claim)
-        assert records.finish(claim.fence, JobResult(job_id=job_id, status=status, content=content))
+        assert records.finish(claim.fence, JobResult(job_id=job_id, status=status, content=content)) is Finish.WRITTEN
 
     return finish
 
@@ -119,14 +119,25 @@ def test_cancelled_job_has_a_result_that_says_so(client: Client) -> None:
     assert result.error.type == "cancelled"
 
 
-def test_running_or_ended_job_is_not_cancelled(client: Client, records: Records) -> None:
-    """The answer says whether the job will not run."""
+def test_running_job_will_be_cancelled(client: Client, records: Records) -> None:
+    """From then on it has no other end, whatever its worker says; asking again does no harm."""
     handle = client.submit("summarize", "?")
-    claim = records.claim(handle.id, "worker", 60)
+    claim = records.claim(handle.id, "worker", "lease-1")
     assert isinstance(claim, Claim)
+    assert [handle.cancel(), handle.cancel()] == [True, True]
+    assert handle.status() is JobStatus.RUNNING
+    answered = JobResult(job_id=handle.id, status=JobStatus.SUCCEEDED, content="too late")
+    assert records.finish(claim.fence, answered) is Finish.CANCELLED
+    records.put_back(handle.id, claim.fence, 0, "its worker was shut down", ())
+    assert (handle.status(), handle.result(SOON).content) == (JobStatus.CANCELLED, None)
+
+
+def test_ended_job_is_not_cancelled(client: Client, finish: Any) -> None:
+    """The answer says so, and the job stays as it is."""
+    handle = client.submit("summarize", "?")
+    finish(handle.id)
     assert handle.cancel() is False
-    records.finish(claim.fence, JobResult(job_id=handle.id, status=JobStatus.SUCCEEDED))
-    assert handle.cancel() is False
+    assert handle.result(SOON).succeeded
 
 
 def test_same_key_is_the_same_job(client: Client, redis: Redis, settings: Settings) -> None:
@@ -203,7 +214,7 @@ def test_batches_keep_their_order(client: Client, redis: Redis, settings: Settin
 def test_messages_may_stand_for_the_prompt(client: Client, records: Records) -> None:
     """Conversations are submitted the same way."""
     handle = client.submit("summarize", messages=[{"role": "user", "content": "hi"}])
-    claim = records.claim(handle.id, "worker", 60)
+    claim = records.claim(handle.id, "worker", "lease-1")
     assert isinstance(claim, Claim)
     assert Job.from_json(claim.job).turns[0].content == "hi"
 

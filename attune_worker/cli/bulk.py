@@ -102,7 +102,7 @@ class Results:
         self.path = path
         self.done: set[str] = set()
         self.failed_before = 0
-        self._again = {INVALID} | ({"failed", "expired", "cancelled"} if retry_failed else set())
+        self._again = {INVALID} | ({"failed", "expired", "cancelled", "dead"} if retry_failed else set())
         self._marker = path.with_name(f"{path.name}.run")
 
     def __enter__(self) -> Self:

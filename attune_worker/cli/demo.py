@@ -23,7 +23,9 @@ from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from attune_worker.cli.output import shown
 from attune_worker.client import Client, JobHandle
 from attune_worker.errors import AttuneError
 from attune_worker.jobs import JobResult, JobStatus
@@ -195,18 +197,19 @@ def _table(labels: Mapping[str, str], results: Mapping[str, JobResult], *, final
     for job_id, label in labels.items():
         result = results.get(job_id)
         if result is not None:
-            table.add_row(label, *_cells(result))
+            table.add_row(shown(label), *_cells(result))
         elif final:
-            table.add_row(label, "no result", "", "", "")
+            table.add_row(shown(label), "no result", "", "", "")
     return table
 
 
-def _cells(result: JobResult) -> tuple[str, str, str, str]:
-    colour = "green" if result.status is JobStatus.SUCCEEDED else "red"
+def _cells(result: JobResult) -> tuple[Text, Text, str, str]:
     reason = f" ({result.error.type})" if result.error else ""
+    status = shown(f"{result.status}{reason}")
+    status.stylize("green" if result.status is JobStatus.SUCCEEDED else "red")
     return (
-        f"[{colour}]{result.status}{reason}[/{colour}]",
-        result.model_id or "",
+        status,
+        shown(result.model_id or ""),
         "" if result.latency_ms is None else f"{result.latency_ms / 1000:.2f} s",
         "unknown" if result.cost_usd is None else f"${result.cost_usd:f}",
     )

@@ -11,10 +11,15 @@ from typing import Any
 
 import click
 
+from attune_worker.cli.printable import printable
 from attune_worker.errors import AttuneError
 
 COMMANDS = {
+    "costs": "attune_worker.cli.costs:costs",
     "demo": "attune_worker.cli.demo:demo",
+    "doctor": "attune_worker.cli.doctor:doctor",
+    "healthy": "attune_worker.cli.healthy:healthy",
+    "jobs": "attune_worker.cli.jobs:jobs",
     "routing": "attune_worker.cli.routing:routing",
     "run": "attune_worker.cli.run:run",
     "simulator": "attune_worker.cli.simulator:simulator",
@@ -24,10 +29,10 @@ COMMANDS = {
 
 
 class Failure(click.ClickException):
-    """One of our errors, shown as one line, with its exit code."""
+    """One of our errors, as it may be shown, with its exit code."""
 
     def __init__(self, error: AttuneError) -> None:
-        super().__init__(str(error))
+        super().__init__(printable(error, lines=True))
         self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
 
 

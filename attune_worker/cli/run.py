@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from attune_worker.cli.bulk import INVALID, Line, Results, job_of, read_lines
+from attune_worker.cli.output import say
 from attune_worker.client import Client
 from attune_worker.errors import AttuneError, ConfigurationError, IdempotencyConflictError, InvalidJobError
 from attune_worker.jobs import Job, JobResult
@@ -74,7 +75,7 @@ class Tally:
 @click.option(
     "--window", type=click.IntRange(min=1), default=2000, show_default=True, help="Most jobs submitted ahead."
 )
-@click.option("--retry-failed", is_flag=True, help="Do again what failed, expired or was cancelled.")
+@click.option("--retry-failed", is_flag=True, help="Do again what failed, expired, was cancelled or is dead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def run(
     jobs: Path, output: Path, local: int | None, concurrency: int, window: int, retry_failed: bool, as_json: bool
@@ -204,9 +205,9 @@ class _Bulk:
         self._tally.statuses[INVALID] += 1
         self._reported += 1
         if self._reported <= SHOWN_REASONS:
-            self._console.print(f"line {line.number}: {reason}", markup=False, highlight=False, soft_wrap=True)
+            say(self._console, f"line {line.number}: {reason}")
         elif self._reported == SHOWN_REASONS + 1:
-            self._console.print(f"… and more; see the lines with status {INVALID!r} in {self._results.path}")
+            say(self._console, f"… and more; see the lines with status {INVALID!r} in {self._results.path}")
         self._show()
 
     def _show(self) -> None:
@@ -241,7 +242,7 @@ def _report(tally: Tally, output: Path, console: Console) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in sorted(tally.statuses.items())) or "nothing was missing"
     unpriced = f" (of {tally.unpriced} jobs not all of the cost is known)" if tally.unpriced else ""
     cost = f"{'≥' if unpriced else ''}${_usd(tally.cost_usd)}{unpriced}"
-    console.print(f"{counts}; {cost}; results in {output}", highlight=False, soft_wrap=True)
+    say(console, f"{counts}; {cost}; results in {output}")
 
 
 @contextmanager

@@ -24,8 +24,16 @@ FILES_PER_THREAD = 4
 @click.option(
     "-l", "--loglevel", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
 )
-def worker(concurrency: int | None, pool: str, name: str | None, loglevel: str) -> None:
-    """Run jobs until stopped. SIGTERM or Ctrl-C: take no more, finish what runs, then end.
+@click.option(
+    "--liveness-file",
+    type=click.Path(dir_okay=False),
+    help="A file to touch as long as this worker takes messages; see attune-worker healthy.",
+)
+def worker(concurrency: int | None, pool: str, name: str | None, loglevel: str, liveness_file: str | None) -> None:
+    """Run jobs until stopped.
+
+    SIGTERM or Ctrl-C: take no more, finish what runs, hand back to other workers what takes longer than
+    recovery.shutdown_grace_seconds, then end. A second time, or SIGQUIT: hand back everything at once.
 
     Example: attune-worker worker --concurrency 1000
     """
@@ -46,6 +54,7 @@ def worker(concurrency: int | None, pool: str, name: str | None, loglevel: str) 
             f"--loglevel={loglevel}",
             "--without-gossip",
             "--without-mingle",
+            *([f"--liveness-file={liveness_file}"] if liveness_file else []),
         ]
     )
 

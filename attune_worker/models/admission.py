@@ -17,19 +17,21 @@ from uuid import uuid4
 
 from redis.exceptions import ResponseError
 
+from attune_worker.budget import BudgetKey
 from attune_worker.errors import ServiceUnavailableError
 from attune_worker.models.admission_wire import (
     FIRST_BUDGET,
     OF_CIRCUITS,
     WHY,
     Charged,
+    Settlement,
     Wire,
     circuits_of,
     in_ms,
     refusal_of,
     told,
 )
-from attune_worker.models.calls import Outcome, Permit, Refusal, Request
+from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.local_circuits import LocalCircuits
 from attune_worker.settings import Settings
 from attune_worker.store.backlog import Backlog
@@ -41,7 +43,10 @@ from attune_worker.store.scripts import Script
 logger = logging.getLogger(__name__)
 
 ADMIT = Script("admit", "values", "breaker", "limits", "budget")
-SETTLE = Script("settle", "values", "breaker", "limits", "budget", "telemetry")
+SETTLE = Script("settle", "values", "breaker", "limits", "budget", "telemetry", "ledger")
+
+LOST_LEASE_SECONDS = 0.5
+"""When to ask again for a call of a worker whose lease does not hold: it may only have been late."""
 
 LEASE_MARGIN_SECONDS = 30.0
 """How much longer than a call may take its slot and its probe are held for it."""
@@ -82,7 +87,7 @@ class Admission:
                 with reaching(self._settings):
                     answer = ADMIT(self._redis, *self._wire.admit(request, charged))
             except ServiceUnavailableError as error:
-                if _refused(error):
+                if refused(error):
                     raise
                 if self._outage.failed(error):
                     logger.warning("going by what this process has seen itself: %s", error)
@@ -131,7 +136,7 @@ class Admission:
         Which of the candidates it took nobody knows; SETTLE passes over those that it did not.
         """
         for quote, budgets in zip(request.quotes, charged, strict=True):
-            unheard = Permit(request.call_id, request.job, quote, budgets, self._now_ms())
+            unheard = _permit(request, quote, budgets, self._now_ms())
             self._unsettled.add(self._wire.settle(unheard, Outcome.released(), self._now_ms()))
         return replace(request, call_id=uuid4().hex)
 
@@ -160,15 +165,17 @@ class Admission:
             return refusal_of(request, charged, now_ms, refusals)
         if answer[0] != b"admitted":  # the call was settled before it was made; another one may be
             return Refusal("leave for this call was given back already", SOON_SECONDS)
-        _, place, now_ms = answer
+        _, place, now_ms, admitted_ms = answer
         self._clock_offset_ms = now_ms - time.time() * 1000
         self._local.adopt(circuits_of(request.quotes[place].model)[0], Grant(True, 0, ""))
-        return Permit(request.call_id, request.job, request.quotes[place], charged[place], now_ms)
+        return _permit(request, request.quotes[place], charged[place], admitted_ms)
 
     def _own_verdict(self, request: Request, charged: Charged) -> Permit | Refusal:
         """Decide without Redis: by this process's own view of the circuits, and never against a hard budget."""
         if self._unsettled.full:
             return Refusal("Redis is away, and no more settlements can be kept", WITHOUT_REDIS_SECONDS)
+        if request.lease and not self._holds(request.lease):
+            return Refusal("the lease of its worker is lost, as far as this process knows", LOST_LEASE_SECONDS)
         waits = []
         for quote, budgets in zip(request.quotes, charged, strict=True):
             if any(one.hard_nano is not None for one in budgets):
@@ -178,30 +185,30 @@ class Admission:
             grant = self._local.ask(names, request.call_id, self._lease_ms)
             if grant.allowed:
                 [(generation, _), *_] = grant.permits
-                return Permit(request.call_id, request.job, quote, budgets, self._now_ms(), generation)
+                return _permit(request, quote, budgets, self._now_ms(), generation)
             reason = f"{quote.model.ref}: {WHY[grant.reason.encode()]}, as far as this process knows"
             waits.append((reason, grant.wait_ms / 1000))
         reason, wait_seconds = min(waits, key=lambda one: one[1])
         return Refusal(reason, wait_seconds)
 
-    def _write(self, settlement: tuple[list[str], str]) -> None:
-        keys, text = settlement
+    def _write(self, settlement: Settlement) -> None:
+        keys, texts = settlement
         try:
             with reaching(self._settings):
-                answer = SETTLE(self._redis, keys, [text])
+                answer = SETTLE(self._redis, keys, texts)
         except ServiceUnavailableError as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
             logger.exception("call %s could not be settled in full", keys[0])  # again would fail again
             return
         self._report(keys, *answer)
 
-    def _write_all(self, settlements: Sequence[tuple[list[str], str]]) -> None:
+    def _write_all(self, settlements: Sequence[Settlement]) -> None:
         try:
             with reaching(self._settings):
-                answers = SETTLE.many(self._redis, [(keys, [text]) for keys, text in settlements])
+                answers = SETTLE.many(self._redis, settlements)
         except ServiceUnavailableError as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
             for settlement in settlements:  # one of them is to blame; twice is once for the others
                 self._write(settlement)
@@ -223,7 +230,15 @@ class Admission:
         return round(time.time() * 1000 + self._clock_offset_ms)
 
 
-def _refused(error: ServiceUnavailableError) -> bool:
+def _permit(
+    request: Request, quote: Quote, budgets: tuple[BudgetKey, ...], admitted_ms: int, own_generation: int | None = None
+) -> Permit:
+    return Permit(
+        request.call_id, request.job, quote, budgets, admitted_ms, own_generation, request.job_id, request.lease
+    )
+
+
+def refused(error: ServiceUnavailableError) -> bool:
     """Whether Redis is there and did not like what it was told; then waiting does not help."""
     cause = error.__cause__
     return type(cause) is ResponseError and not any(code in str(cause) for code in NO_ROOM)

@@ -14,6 +14,7 @@ from attune_worker.jobs import Job, ModelTier
 from attune_worker.limits import Settled, want
 from attune_worker.models.adaptive import place_of
 from attune_worker.models.calls import Outcome, Permit, Refusal, Request
+from attune_worker.models.intent import Intent
 from attune_worker.models.registry import ModelInfo
 from attune_worker.models.task_types import get_tier_for_task
 from attune_worker.settings import Settings
@@ -23,11 +24,14 @@ from attune_worker.telemetry.evidence import HALF_LIFE
 
 DAY_MS = 86_400_000
 
-FIRST_BUDGET = 13
+FIRST_BUDGET = 15
 """Where the budgets begin among SETTLE's keys."""
 
 Charged = Sequence[tuple[BudgetKey, ...]]
 """The budgets that each candidate's call would count against."""
+
+Settlement = tuple[list[str], tuple[str, str]]
+"""SETTLE's keys and arguments."""
 
 _RANK = {tier: rank for rank, tier in enumerate(ModelTier)}
 
@@ -41,6 +45,13 @@ class Wire:
         self._lease_ms = lease_ms
         self._keys = FleetKeys(settings.namespace)
         self._rules = _json(rules_in_ms(settings.breaker))
+        self._keep = _json(
+            {
+                "ledger_ms": settings.ledger.retention_days * DAY_MS,
+                "records": settings.ledger.max_records,
+                "sums_s": settings.ledger.sums_retention_days * DAY_MS // 1000,
+            }
+        )
         self._keys_of = lru_cache(maxsize=256)(self._keys_of_model)
         self._budgets_for = lru_cache(maxsize=4096)(partial(budgets_for, settings.budgets))
 
@@ -51,16 +62,24 @@ class Wire:
 
     def admit(self, request: Request, charged: Charged) -> tuple[list[str], tuple[str]]:
         """Return ADMIT's keys and argument."""
-        keys = [self._keys.call(request.call_id), self._keys.calls, self._keys.circuits]
+        fleet = self._keys
+        keys = [
+            fleet.call(request.call_id),
+            fleet.calls,
+            fleet.circuits,
+            fleet.workers,
+            fleet.job_calls(request.job_id),
+        ]
         places: dict[str, int] = {}
         candidates = []
         for quote, budgets in zip(request.quotes, charged, strict=True):
             model, worst_nano = quote.model, _nano(quote.worst_usd)
-            keys += self._keys_of(model.provider, model.tier, model.id)
+            keys += self._keys_of(model.provider, model.tier.value, model.id)
             provider = self._settings.providers[model.provider]
             candidates.append(
                 {
                     "ref": model.ref,
+                    "intent": _intent(request.job_id, request.lease, request.job, model, budgets).kept(),
                     "want": want(provider, self._settings.limits, quote.tokens),
                     "budgets": [
                         {"key": places.setdefault(one.key(self._keys), len(places)), "want": one.want(worst_nano)}
@@ -76,23 +95,17 @@ class Wire:
             "lease_ms": self._lease_ms,
             "retention_s": self._settings.retention_seconds,
             "candidates": candidates,
-        }
-        return [*keys, *places], (self._with_rules(asked),)
+        } | told(lease=request.lease or None)
+        return [*keys, *places], (f'{{"rules":{self._rules},{_json(asked)[1:]}',)
 
-    def settle(self, permit: Permit, outcome: Outcome, ended_ms: int) -> tuple[list[str], str]:
-        """Return SETTLE's keys and argument; ``ended_ms`` is when the call ended, by Redis' clock."""
-        model, job, keys = permit.model, permit.job, self._keys
-        circuit, provider_circuit, limits, model_limits, slots = self._keys_of(model.provider, model.tier, model.id)
-        day = _day(permit.admitted_ms // DAY_MS)
-        workflow, stage = place_of(job)
+    def settle(self, permit: Permit, outcome: Outcome, ended_ms: int) -> Settlement:
+        """Return SETTLE's keys and arguments; ``ended_ms`` is when the call ended, by Redis' clock."""
+        model, job = permit.model, permit.job
+        intent = _intent(permit.job_id, permit.lease, job, model, permit.budgets)
         worst_nano, cost_nano = _nano(permit.quote.worst_usd), _nano(outcome.cost_usd)
         fields = {
-            "call": permit.call_id,
             "ref": model.ref,
-            "retention_s": self._settings.retention_seconds,
-            "outcome": outcome.outcome,
             "ended_ms": ended_ms,
-            "names": _names(model.provider, model.tier.value),
             "result": told(
                 outcome=outcome.health,
                 latency_ms=outcome.latency_ms,
@@ -106,10 +119,10 @@ class Wire:
         if outcome.outcome != "released":
             fields["call_of"] = told(
                 ref=model.ref,
-                names=_names(workflow, stage),
-                workflow=workflow,
-                stage=stage,
-                day=day,
+                names=_names(intent.workflow, intent.stage),
+                workflow=intent.workflow,
+                stage=intent.stage,
+                day=_day(permit.admitted_ms // DAY_MS),
                 kind=outcome.kind,
                 score=_score(job, model, outcome),
                 latency_ms=outcome.latency_ms,
@@ -118,26 +131,57 @@ class Wire:
                 output=outcome.output_tokens,
                 half_life=HALF_LIFE,
             )
+        return self._settlement(permit.call_id, intent, outcome, permit.admitted_ms, worst_nano, fields)
+
+    def orphan(self, call_id: str, intent: Intent, admitted_ms: int, worst_nano: int | None) -> Settlement:
+        """Return SETTLE's keys and arguments for a call whose worker died; ``worst_nano`` is what it had reserved."""
+        outcome = Outcome.orphaned()
+        fields = {
+            "ref": f"{intent.provider}/{intent.model_id}",
+            "result": {"outcome": outcome.health},
+            "limits": {},
+            "budgets": [one.settled("", worst_nano or 0, None) for one in intent.budgets],
+        }
+        return self._settlement(call_id, intent, outcome, admitted_ms, worst_nano, fields)
+
+    def _settlement(
+        self,
+        call_id: str,
+        intent: Intent,
+        outcome: Outcome,
+        admitted_ms: int,
+        worst_nano: int | None,
+        fields: dict[str, Any],
+    ) -> Settlement:
+        keys, day = self._keys, _day(admitted_ms // DAY_MS)
+        workflow, stage = intent.workflow, intent.stage
+        fields |= {
+            "call": call_id,
+            "retention_s": self._settings.retention_seconds,
+            "outcome": outcome.outcome,
+            "names": _names(intent.provider, intent.tier),
+            "kept": _kept(outcome),
+            "sums": told(
+                group=intent.group, estimate_nano=worst_nano, input=outcome.input_tokens, output=outcome.output_tokens
+            ),
+        }
         return [
-            keys.call(permit.call_id),
+            keys.call(call_id),
             keys.calls,
             keys.circuits,
-            circuit,
-            provider_circuit,
-            limits,
-            model_limits,
-            slots,
+            *self._keys_of(intent.provider, intent.tier, intent.model_id),
             keys.stats(workflow, stage, day),
             keys.evidence(workflow, stage),
             keys.evidence(workflow),
             keys.evidence(),
             keys.stages,
-            *(one.key(keys) for one in permit.budgets),
-        ], self._with_rules(fields)
-
-    def _with_rules(self, fields: dict[str, Any]) -> str:
-        """Return an argument's JSON with the breaker's rules, which are always the same."""
-        return f'{{"rules":{self._rules},{_json(fields)[1:]}'
+            keys.ledger,
+            keys.costs(day),
+            *(one.key(keys) for one in intent.budgets),
+        ], (
+            f'{{"rules":{self._rules},"keep":{self._keep},{_json(fields)[1:]}',
+            _record(call_id, intent, outcome, admitted_ms, worst_nano),
+        )
 
     def _for_limits(self, permit: Permit, outcome: Outcome) -> dict[str, Any]:
         cooldown_seconds = outcome.retry_after
@@ -154,10 +198,10 @@ class Wire:
         )
         return ended.told(self._settings.providers[permit.model.provider], self._settings.limits)
 
-    def _keys_of_model(self, provider: str, tier: ModelTier, model_id: str) -> tuple[str, ...]:
+    def _keys_of_model(self, provider: str, tier: str, model_id: str) -> tuple[str, ...]:
         keys = self._keys
         return (
-            keys.circuit(provider, tier.value),
+            keys.circuit(provider, tier),
             keys.circuit(provider, None),
             keys.limits(provider),
             keys.limits(provider, model_id),
@@ -200,6 +244,7 @@ OF_CIRCUITS = {b"open", b"probing", b"forced_open"}
 """Refusals that this process goes by, too, when Redis goes away."""
 
 WHY = {
+    b"lease": "the lease of its worker is lost",
     b"open": "its circuit is open",
     b"probing": "its circuit is half-open, and another call probes it",
     b"forced_open": "an operator has opened its circuit",
@@ -231,6 +276,39 @@ def _score(job: Job, model: ModelInfo, outcome: Outcome) -> float | None:
         return 0.0
     tier = model.tier if job.model else job.tier_hint or get_tier_for_task(job.task_type)
     return 1.0 if outcome.kind == "success" and _RANK[model.tier] >= _RANK[tier] else None
+
+
+def _intent(job_id: str, lease: str, job: Job, model: ModelInfo, budgets: tuple[BudgetKey, ...]) -> Intent:
+    workflow, stage = place_of(job)
+    return Intent(job_id, lease, job.tenant, workflow, stage, model.provider, model.id, model.tier.value, budgets)
+
+
+def _kept(outcome: Outcome) -> list[str | int]:
+    """Return the fields of a call that its job's history is made of, names and values in turn."""
+    fields = told(
+        error=outcome.error or None,
+        latency_ms=outcome.latency_ms,
+        status=outcome.status,
+        request_id=outcome.request_id,
+    )
+    return [text for field in fields.items() for text in field]
+
+
+def _record(call_id: str, intent: Intent, outcome: Outcome, admitted_ms: int, worst_nano: int | None) -> str:
+    """Return the ledger's record of a call, as ``LedgerRecord.from_json`` reads it."""
+    known = told(
+        error=outcome.error or None,
+        cost_nano=_nano(outcome.cost_usd),
+        estimate_nano=worst_nano,
+        input=outcome.input_tokens,
+        output=outcome.output_tokens,
+        cache_read=outcome.cache_read_tokens,
+        cache_write=outcome.cache_write_tokens,
+        latency_ms=None if outcome.outcome == "orphaned" else outcome.latency_ms,
+        status=outcome.status,
+        request_id=outcome.request_id,
+    )
+    return _json({"call": call_id, **intent.names(), "outcome": outcome.outcome, "admitted_ms": admitted_ms, **known})
 
 
 @lru_cache(maxsize=4096)

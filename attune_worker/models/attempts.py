@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from decimal import Decimal
 
+from attune_worker.budget import usd_of
 from attune_worker.errors import ProviderError, StoppedError
 from attune_worker.jobs import Attempt, Decision, Job
+from attune_worker.models.intent import Fields
 from attune_worker.models.pricing import cost
 from attune_worker.models.registry import ModelInfo
 from attune_worker.providers.base import Answer, Endpoint
@@ -62,6 +64,34 @@ def attempt_of(
         call_id=call_id,
         decision=decision,
     )
+
+
+def attempt_in(call_id: str, call: Fields) -> Attempt | None:
+    """Return the record of a call that another process made; None: it was not made, or nothing is known of it.
+
+    A call of which nobody has said how it went is orphaned here, whether it was settled as that or not.
+    """
+    known = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in call.items() if value}
+    said = known.get("state") == "settled"
+    if said and known.get("outcome") == "released":
+        return None
+    try:
+        return Attempt.model_validate(
+            {
+                "model_id": known.get("model"),
+                "provider": known.get("provider"),
+                "tier": known.get("tier"),
+                "outcome": known.get("outcome") if said else "orphaned",
+                "error_type": known.get("error"),
+                "latency_ms": int(known.get("latency_ms", 0)),
+                "cost_usd": usd_of(int(known["cost_nano"])) if "cost_nano" in known else None,
+                "status": int(known["status"]) if "status" in known else None,
+                "request_id": known.get("request_id"),
+                "call_id": call_id,
+            }
+        )
+    except ValueError:  # gone, or not ours
+        return None
 
 
 def located(error: ProviderError, job: Job, endpoint: Endpoint, model: ModelInfo) -> ProviderError:

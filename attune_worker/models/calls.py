@@ -43,6 +43,7 @@ class Permit:
     """Leave to make one call to one model, to be settled once.
 
     ``admitted_ms`` is Redis' time. ``own_generation``: it was given without Redis, by this process's own circuit.
+    ``job_id`` and ``lease`` are the request's.
     """
 
     call_id: str
@@ -51,6 +52,8 @@ class Permit:
     budgets: tuple[BudgetKey, ...]
     admitted_ms: int
     own_generation: int | None = None
+    job_id: str = ""
+    lease: str = ""
 
     @property
     def model(self) -> ModelInfo:
@@ -75,7 +78,7 @@ class Outcome:
     """What a call did.
 
     ``health`` is what it says of the provider: success, failure or ignored. ``cost_usd`` is None where it is not
-    known: then what was reserved counts as spent.
+    known: then what was reserved counts as spent. ``status`` is that of an HTTP answer, ``request_id`` the provider's.
     """
 
     outcome: str
@@ -88,6 +91,10 @@ class Outcome:
     retry_after: float | None = None
     rate_limited: bool = False
     observed: Observed | None = None
+    cache_read_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    status: int | None = None
+    request_id: str | None = None
 
     @property
     def kind(self) -> str:
@@ -114,6 +121,9 @@ class Outcome:
                 usage.input_tokens if usage else None,
                 usage.output_tokens if usage else None,
                 observed=observed,
+                cache_read_tokens=usage.cache_read_tokens if usage else None,
+                cache_write_tokens=usage.cache_write_tokens if usage else None,
+                request_id=attempt.request_id,
             )
         return cls(
             "failed",
@@ -125,14 +135,21 @@ class Outcome:
             retry_after=outcome.retry_after,
             rate_limited=isinstance(outcome, RateLimitedError),
             observed=observed,
+            status=attempt.status,
+            request_id=attempt.request_id,
         )
 
     @classmethod
     def abandoned(cls, latency_ms: int) -> Self:
         """Return the outcome of a call that was broken off; the provider may charge for it."""
-        return cls("failed", "ignored", latency_ms, error="cancelled")
+        return cls("failed", "ignored", latency_ms, error=StoppedError.type)
 
     @classmethod
     def released(cls) -> Self:
         """Return the outcome of a call that was allowed and never made."""
         return cls("released", "ignored", 0, Decimal(0), 0, 0)
+
+    @classmethod
+    def orphaned(cls) -> Self:
+        """Return the outcome of a call whose worker died before it said what the call did."""
+        return cls("orphaned", "ignored", 0)

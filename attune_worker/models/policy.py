@@ -10,7 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from attune_worker.errors import BadRequestError, ContextTooLongError, CredentialError, ProviderError, RateLimitedError
+from attune_worker.errors import (
+    BadRequestError,
+    ContextTooLongError,
+    CredentialError,
+    ProviderError,
+    RateLimitedError,
+    StoppedError,
+)
 from attune_worker.jobs import Attempt
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.sections import RetrySettings
@@ -18,11 +25,15 @@ from attune_worker.sections import RetrySettings
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A call that failed: on which model, how, and when (seconds of some clock that only goes forward)."""
+    """A call that failed: on which model, how, and when (seconds of some clock that only goes forward).
+
+    ``interrupted``: it was its worker that ended, which says nothing of the call and counts as no try.
+    """
 
     model: ModelInfo
     error: ProviderError
     at_seconds: float = 0.0
+    interrupted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +57,10 @@ def next_call(
 
     ``candidates`` come in order of preference, ``failures`` in order of time; ``random`` returns a
     number from 0 to 1. A model is not called before the time that its provider asked for has passed,
-    and a wait that would outlast ``remaining_seconds`` is never begun.
+    and a wait that would outlast ``remaining_seconds`` is never begun. How often a job's worker may end in the middle
+    of it is not decided here.
     """
+    failures = [failure for failure in failures if not failure.interrupted]
     if not failures:
         return NextCall(candidates[0], instead=tuple(candidates[1:])) if candidates else None
     last = failures[-1]
@@ -68,16 +81,18 @@ def next_call(
 
 def seen_before(attempt: Attempt, registry: Registry) -> Failure:
     """Return the failure that an attempt of an earlier start was; what had to be waited for it has been waited."""
+    interrupted = attempt.outcome == "orphaned" or attempt.error_type == StoppedError.type
     kind = _ERRORS.get(attempt.error_type or "", ProviderError)
+    how = "its worker was lost" if attempt.outcome == "orphaned" else attempt.error_type
     error = kind(
-        f"{attempt.provider}/{attempt.model_id}: failed in an earlier start ({attempt.error_type})",
+        f"{attempt.provider}/{attempt.model_id}: failed in an earlier start ({how})",
         provider=attempt.provider,
         model_id=attempt.model_id,
         status=attempt.status,
     )
     known = registry.find(f"{attempt.provider}/{attempt.model_id}")
     model = known[0] if known else ModelInfo(attempt.model_id, attempt.provider, attempt.tier)
-    return Failure(model, error, at_seconds=-math.inf)
+    return Failure(model, error, at_seconds=-math.inf, interrupted=interrupted)
 
 
 _ERRORS: dict[str, type[ProviderError]] = {kind.type: kind for kind in ProviderError.__subclasses__()}

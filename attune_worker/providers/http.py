@@ -9,6 +9,7 @@ flows have no place here and cost about as much CPU as the call itself.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import threading
@@ -22,9 +23,10 @@ from typing import Any
 import httpcore
 import httpx
 
-from attune_worker.errors import MalformedAnswerError, ProviderConnectionError, ProviderError, ProviderTimeoutError
+from attune_worker.errors import ProviderConnectionError, ProviderError, ProviderTimeoutError
 from attune_worker.interruption import Interruption
 from attune_worker.providers.base import HttpRequest, HttpResponse
+from attune_worker.providers.unpacking import Body
 from attune_worker.sections import HttpSettings
 
 LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=60)
@@ -45,7 +47,8 @@ class HttpSender:
 
         Raises ``ProviderTimeoutError``, ``ProviderConnectionError``, or ``MalformedAnswerError`` for
         an answer beyond ``max_response_bytes``. Redirects are not followed: they come back as they are.
-        When ``interruption`` stops the job the connection is closed and ``StoppedError`` raised.
+        When ``interruption`` stops the job the connection is closed and ``StoppedError`` raised; where there is
+        no connection yet, that takes until there is one, or until ``connect_timeout_seconds`` are over.
         """
         interruption = interruption or Interruption()
         own = self._own
@@ -54,7 +57,7 @@ class HttpSender:
         try:
             return self._exchange(own, request, timeout_seconds)
         except ProviderError:
-            if interruption.stopped:
+            if interruption.cut_off:
                 raise interruption.error() from None
             raise
         finally:
@@ -64,13 +67,13 @@ class HttpSender:
         with _failures_named():
             response = own.transport.handle_request(self._prepared(request, timeout_seconds))
             try:
-                body = bytearray()
-                for chunk in response.iter_bytes():
-                    body += chunk
-                    self._check(len(body))
+                body = self._body(response)
+                for chunk in response.iter_raw():
+                    body.add(chunk)
             finally:
                 response.close()
-        return HttpResponse(response.status_code, _lowered(response), bytes(body))
+                own.close_overfull()
+        return HttpResponse(response.status_code, _lowered(response), body.whole())
 
     async def asend(self, request: HttpRequest, timeout_seconds: float) -> HttpResponse:
         """Send as ``send`` does, without blocking the event loop, over a connection of its own."""
@@ -80,11 +83,10 @@ class HttpSender:
                 httpx.AsyncHTTPTransport(verify=self._tls, proxy=self._proxy) as transport,
             ):
                 response = await transport.handle_async_request(self._prepared(request, timeout_seconds))
-                body = bytearray()
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    self._check(len(body))
-        return HttpResponse(response.status_code, _lowered(response), bytes(body))
+                body = self._body(response)
+                async for chunk in response.aiter_raw():
+                    body.add(chunk)
+        return HttpResponse(response.status_code, _lowered(response), body.whole())
 
     def _prepared(self, request: HttpRequest, timeout_seconds: float) -> httpx.Request:
         timeout = {
@@ -97,9 +99,8 @@ class HttpSender:
             "POST", _parsed(request.url), headers=request.headers, content=request.body, extensions={"timeout": timeout}
         )
 
-    def _check(self, size: int) -> None:
-        if size > self._settings.max_response_bytes:
-            raise MalformedAnswerError(f"the answer is longer than {self._settings.max_response_bytes} bytes")
+    def _body(self, response: httpx.Response) -> Body:
+        return Body(response.headers.get("content-encoding", ""), self._settings.max_response_bytes)
 
     @property
     def _own(self) -> _OwnTransport:
@@ -127,6 +128,15 @@ class _OwnTransport:
         self.network = transport._pool._network_backend = _Network()  # noqa: SLF001
         weakref.finalize(self, transport.close)
 
+    def close_overfull(self) -> None:
+        """Close connections on which more has come than an answer: httpcore would take it for the next one's."""
+        for connection in self.transport._pool.connections:  # noqa: SLF001  # httpcore shows it to nobody
+            inner: Any = connection
+            while (deeper := getattr(inner, "_connection", None)) is not None:
+                inner = deeper
+            if (state := getattr(inner, "_h11_state", None)) is not None and state.trailing_data[0]:
+                connection.close()
+
 
 class _Network(httpcore.SyncBackend):
     """Connections whose reads end at a deadline, or when another thread says so; one answer at a time.
@@ -136,8 +146,10 @@ class _Network(httpcore.SyncBackend):
 
     def __init__(self) -> None:
         self.deadline = float("inf")
+        self._lock = threading.Lock()
         self._cut = False
         self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        self._handshake: socket.socket | None = None
 
     def begin(self, deadline: float) -> None:
         """Expect an answer until ``deadline`` (seconds, monotonic)."""
@@ -146,9 +158,11 @@ class _Network(httpcore.SyncBackend):
 
     def cut(self) -> None:
         """Close this thread's connections from another thread: whoever reads from them hears of it at once."""
-        self._cut = True
-        for stream in tuple(self._streams):
-            stream.shut_down()
+        with self._lock:
+            self._cut = True
+            for stream in self._streams:
+                _shut_down(stream.get_extra_info("socket"))
+            _shut_down(self._handshake)
 
     def check(self) -> None:
         """Raise unless the answer is still waited for."""
@@ -164,8 +178,22 @@ class _Network(httpcore.SyncBackend):
     def watched(self, stream: httpcore.NetworkStream) -> httpcore.NetworkStream:
         """Return a connection that ends with this thread's deadline and can be cut."""
         watched = _Stream(stream, self)
-        self._streams.add(watched)
+        with self._lock:
+            self._streams.add(watched)
         return watched
+
+    @contextmanager
+    def shaking_hands(self, plain: socket.socket) -> Iterator[None]:
+        """Have the handshake over ``plain`` cut as well: it takes the socket away, but not a duplicate of it."""
+        with socket.socket(fileno=os.dup(plain.fileno())) as duplicate:
+            with self._lock:
+                self._handshake = duplicate
+            try:
+                self.check()
+                yield
+            finally:
+                with self._lock:
+                    self._handshake = None
 
 
 class _Stream(httpcore.NetworkStream):
@@ -176,25 +204,31 @@ class _Stream(httpcore.NetworkStream):
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         self._network.check()
         left = max(0.001, self._network.deadline - time.monotonic())
-        return self._stream.read(max_bytes, left if timeout is None else min(timeout, left))
+        data = self._stream.read(max_bytes, left if timeout is None else min(timeout, left))
+        if not data:
+            self._network.check()  # an end that we made ourselves is not the answer's
+        return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._network.check()
         self._stream.write(buffer, timeout)
 
-    def shut_down(self) -> None:
-        with suppress(OSError):  # it may be closed already
-            if isinstance(own := self._stream.get_extra_info("socket"), socket.socket):
-                own.shutdown(socket.SHUT_RDWR)
-
     def close(self) -> None:
         self._stream.close()
 
     def start_tls(self, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
-        return self._network.watched(self._stream.start_tls(*args, **kwargs))
+        with self._network.shaking_hands(self._stream.get_extra_info("socket")):
+            return self._network.watched(self._stream.start_tls(*args, **kwargs))
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
+
+
+def _shut_down(connection: Any) -> None:
+    if isinstance(connection, socket.socket):
+        with suppress(OSError):  # it may be closed already
+            # Below TLS: a TLS socket would also forget its state, which the thread that reads may need just now.
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 @lru_cache(maxsize=256)  # a process calls a few; httpx takes as long for each as for the headers

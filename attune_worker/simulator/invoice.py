@@ -23,7 +23,8 @@ class BilledCall:
 
     ``outcome`` is ``succeeded``, ``abandoned`` (the caller left before the answer), or the fault that
     kept the answer from arriving. ``requested_model`` is what the caller named, ``model`` what
-    answered; ``price`` is the profile's own, if any.
+    answered; ``price`` is the profile's own, if any. ``client_request_id`` is the caller's own id of the call,
+    from its ``x-client-request-id``.
     """
 
     id: str
@@ -35,6 +36,7 @@ class BilledCall:
     outcome: str
     tokens: Tokens
     price: Price | None = None
+    client_request_id: str | None = None
 
 
 class Invoice:
@@ -114,6 +116,7 @@ def _line(call: BilledCall, cost: Decimal | None) -> dict[str, Any]:
     return {
         "id": call.id,
         "request_id": call.request_id,
+        "client_request_id": call.client_request_id,
         "time": call.time,
         "wire": call.wire,
         "requested_model": call.requested_model,

@@ -20,6 +20,7 @@ from attune_worker.simulator.prefix_cache import PrefixCache
 from attune_worker.simulator.profile import Behaviour, Fault, Profile
 from attune_worker.simulator.rate import Bucket
 from attune_worker.simulator.wire import (
+    CLIENT_REQUEST_ID,
     MAX_BODY_BYTES,
     Call,
     Headers,
@@ -148,7 +149,8 @@ class Service:
         call = wire.parse(fields, headers)
         if not self.profile.knows(call.model):
             raise wire.unknown_model(call.model)
-        return call
+        own_id = headers.get(CLIENT_REQUEST_ID)
+        return replace(call, client_request_id=own_id) if own_id else call
 
     def _run(self, wire: Wire, call: Call, serial: str, identity: dict[str, str], now: float) -> Reply:
         behaviour = self.profile.behaviour(call.model)
@@ -190,6 +192,7 @@ class Service:
             outcome=fated.fault.value if fated.fault else "succeeded",
             tokens=self._tokens(wire, call, count_tokens(said.text), now),
             price=behaviour.price,
+            client_request_id=call.client_request_id,
         )
 
     def _tokens(self, wire: Wire, call: Call, output_tokens: int, now: float) -> Tokens:

@@ -20,6 +20,9 @@ Headers = Mapping[str, str]
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Anthropic's documented limit for a request; it answers 413 beyond it."""
 
+CLIENT_REQUEST_ID = "x-client-request-id"
+"""The header with the caller's own id of a call."""
+
 FIVE_MINUTES_SECONDS = 300
 ONE_HOUR_SECONDS = 3600
 
@@ -29,7 +32,8 @@ class Call:
     """A valid request in no wire format's words.
 
     ``cacheable_turns`` is how many leading turns, after the system prompt, belong to the prefix that
-    the provider may cache (None: nothing may be cached), for ``cache_seconds``.
+    the provider may cache (None: nothing may be cached), for ``cache_seconds``. ``client_request_id`` is the
+    caller's own id of the call.
     """
 
     model: str
@@ -39,6 +43,7 @@ class Call:
     stop: tuple[str, ...] = ()
     cacheable_turns: int | None = None
     cache_seconds: int = FIVE_MINUTES_SECONDS
+    client_request_id: str | None = None
 
 
 class Tokens(NamedTuple):

@@ -40,9 +40,11 @@ class Backlog(Generic[T]):
     does that, started by the first entry and ended with the last. A process that ends waits for it for a while.
     """
 
-    def __init__(self, write: Callable[[Sequence[T]], object], outage: Outage) -> None:
+    def __init__(self, write: Callable[[Sequence[T]], object], outage: Outage, what: str = "settlements") -> None:
+        """``what`` the entries are, for the log."""
         self._write = write
         self._outage = outage
+        self._what = what
         self.closed = False
         """Whether somebody has seen to it that what is left is written."""
         self.begin()
@@ -80,7 +82,7 @@ class Backlog(Generic[T]):
         if (thread := self._thread) is not None:
             thread.join(seconds)
         if self._entries:
-            logger.error("%d settlements could not be written: Redis is away", len(self._entries))
+            logger.error("%d %s could not be written: Redis is away", len(self._entries), self._what)
 
     def hurry(self) -> None:
         """Try again and again from now on, whatever is known of the outage: there may be no other chance."""
@@ -100,13 +102,13 @@ class Backlog(Generic[T]):
                 self._write(batch)
             except ServiceUnavailableError as error:
                 if self._outage.failed(error):
-                    logger.warning("settlements are kept until Redis answers: %s", error)
+                    logger.warning("%s are kept until Redis answers: %s", self._what, error)
                 if time.monotonic() > self._gives_up_at:
                     return
                 time.sleep(_TICK_SECONDS)
                 continue
             if self._outage.succeeded():
-                logger.info("Redis answers again; %d settlements wait to be written", len(self._entries))
+                logger.info("Redis answers again; %d %s wait to be written", len(self._entries), self._what)
             with self._lock:
                 for _ in batch:
                     self._entries.popleft()

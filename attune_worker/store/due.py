@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from attune_worker.settings import Settings
 from attune_worker.store.connection import RedisClient, close_idle, connect, reaching
-from attune_worker.store.keys import FleetKeys, JobKeys, shards
+from attune_worker.store.keys import FleetKeys, JobKeys, ShardKeys, job_in, shards
 from attune_worker.store.scripts import Argument, Script
 
 LEAD = Script("lead", "values")
 DUE = Script("due", "values")
-WAKE = Script("wake", "values")
+WAKE = Script("wake", "values", "places", "ending")
 
 BATCH = 100
-"""Most jobs that are taken from one shard at a time."""
+"""Most jobs of each kind, waiting or past their deadline, that are taken from one shard at a time."""
 
 RESEND_SECONDS = 30.0
 """A job whose wake-up was sent is due again after this long, unless it was claimed."""
@@ -38,7 +38,7 @@ class DueJobs:
     def __init__(self, settings: Settings, redis: RedisClient | None = None) -> None:
         self._settings = settings
         self._redis = redis or connect(settings, max_connections=2)
-        self._indexes = [shard.due for shard in shards(settings.namespace)]
+        self._shards = shards(settings.namespace)
 
     def lead(self, worker: str, lease_seconds: float) -> bool:
         """Return whether ``worker`` is the one that wakes what is due, now and for ``lease_seconds``."""
@@ -51,40 +51,32 @@ class DueJobs:
         self.lead(worker, 0)
 
     def take(self, resend_seconds: float = RESEND_SECONDS) -> Due:
-        """Take the jobs that are due; each is due again after ``resend_seconds``, or later if it is long overdue."""
+        """Take the jobs that are due; each is due again after ``resend_seconds``, or later if it is long overdue.
+
+        Queued and waiting jobs whose deadline has passed end here.
+        """
         with reaching(self._settings):
             answers = DUE.many(
-                self._redis, [((index,), (BATCH, round(resend_seconds * 1000))) for index in self._indexes]
+                self._redis, [((shard.due,), (BATCH, round(resend_seconds * 1000))) for shard in self._shards]
             )
-            taken = [
-                (index, job_id)
-                for index, (_, *job_ids) in zip(self._indexes, answers, strict=True)
-                for job_id in job_ids
-            ]
+            taken = [(shard, raw) for shard, (_, *found) in zip(self._shards, answers, strict=True) for raw in found]
             return Due(self._priorities(taken, resend_seconds) if taken else (), sum(answer[0] for answer in answers))
 
     def close(self) -> None:
         """Give the connections back."""
         close_idle(self._redis)
 
-    def _priorities(self, taken: Sequence[tuple[str, bytes]], resend_seconds: float) -> list[tuple[str, int]]:
+    def _priorities(self, taken: Sequence[tuple[ShardKeys, bytes]], resend_seconds: float) -> list[tuple[str, int]]:
         """Return the jobs that do wait, with their priorities; what else stood in an index is removed from it."""
         again_ms = round(resend_seconds * 1000), round(max(resend_seconds, RESEND_CAP_SECONDS) * 1000)
         calls: list[tuple[Sequence[str], Sequence[Argument]]] = []
         ids = []
-        for index, raw in taken:
-            job_id = _text(raw)
-            if job_id is None or (keys := JobKeys.of(self._settings.namespace, job_id)).due != index:
-                self._redis.zrem(index, raw)  # no job of ours
+        for shard, raw in taken:
+            if (job_id := job_in(shard, raw)) is None:
+                self._redis.zrem(shard.due, raw)
                 continue
             ids.append(job_id)
-            calls.append(((keys.record, keys.due), (job_id, *again_ms)))
+            keys = JobKeys.of(self._settings.namespace, job_id)
+            calls.append((keys.all, (job_id, *again_ms, self._settings.retention_seconds)))
         priorities = WAKE.many(self._redis, calls)
         return [(job_id, priority) for job_id, priority in zip(ids, priorities, strict=True) if priority >= 0]
-
-
-def _text(raw: bytes) -> str | None:
-    try:
-        return raw.decode(errors="surrogatepass")
-    except UnicodeDecodeError:
-        return None

@@ -13,7 +13,8 @@ waiters      set     ``{ns:07}:waiters:<id>``           an hour after the last c
                                                         gone when the job ends
 due          zset    ``{ns:07}:due``                    none; an entry leaves when its job is claimed or
                                                         ends. Score, ms: when to wake a job that waits
-                                                        next, or the deadline of one that is queued
+                                                        next; below zero, the deadline of one that is
+                                                        queued
 dead         zset    ``{ns:07}:dead``                   none; an entry leaves when its job is retried, or
                                                         after its record. Score: time of the end, ms
 ended        zset    ``{ns:07}:ended``                  none; the latest 1,000 that ended in this shard.
@@ -135,6 +136,11 @@ class JobKeys:
             waiters=f"{tag}:waiters:{job_id}",
         )
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The keys in the order in which the scripts of a job's record take them."""
+        return self.record, self.queued, self.running, self.due, self.dead, self.ended, self.waiters
+
 
 @dataclass(frozen=True, slots=True)
 class FleetKeys:
@@ -239,6 +245,15 @@ def shards(namespace: str) -> list[ShardKeys]:
 def shard_of(job_id: str) -> int:
     """Return the shard, 0 to ``SHARDS`` - 1, that a job's keys live in."""
     return crc32(job_id.encode(errors="surrogatepass")) % SHARDS
+
+
+def job_in(shard: ShardKeys, raw: bytes) -> str | None:
+    """Return the job id that an entry of this shard's indexes stands for; None: somebody else wrote it."""
+    try:
+        job_id = raw.decode(errors="surrogatepass")
+    except UnicodeDecodeError:
+        return None
+    return job_id if shard_of(job_id) == shard.shard else None
 
 
 def inbox(namespace: str, client: str) -> str:

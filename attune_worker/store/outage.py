@@ -15,11 +15,14 @@ class Outage:
     """What a process remembers of a service that does not answer, so that not every call pays for a timeout.
 
     After a failure the service is left alone for ``FIRST_WAIT_SECONDS``; then one caller at a time may try,
-    and each failed try doubles the wait, up to ``LONGEST_WAIT_SECONDS``. Threads may share it. ``clock``
+    and each failed try doubles the wait, up to ``longest_wait_seconds``. Threads may share it. ``clock``
     returns seconds that only grow.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, longest_wait_seconds: float = LONGEST_WAIT_SECONDS
+    ) -> None:
+        self._longest_wait_seconds = longest_wait_seconds
         self.error: Exception | None = None
         """What went wrong last; None while the service answers."""
         self._clock = clock
@@ -53,7 +56,7 @@ class Outage:
             if news:
                 self._wait_seconds = FIRST_WAIT_SECONDS
             elif self._trying:
-                self._wait_seconds = min(2 * self._wait_seconds, LONGEST_WAIT_SECONDS)
+                self._wait_seconds = min(2 * self._wait_seconds, self._longest_wait_seconds)
             if news or self._trying:
                 self._again_at = self._clock() + self._wait_seconds
             self._trying = False

@@ -1,129 +1,54 @@
-"""What is known of a job, and who may change it? ACCEPT, CLAIM, PUT_BACK, FINISH, CANCEL and WATCH on its record."""
+"""Who may change what is known of a job, and how? The scripts on its record, from ACCEPT to its end."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import islice
 from math import ceil
 from typing import Any
+from uuid import uuid4
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
-
-from attune_worker.errors import AttuneError, InvalidJobError, JobNotFoundError
-from attune_worker.jobs import Attempt, Job, JobError, JobResult, JobStatus, total_cost
+from attune_worker.errors import InvalidJobError
+from attune_worker.jobs import Attempt, Job, JobResult, JobStatus
 from attune_worker.settings import Settings
 from attune_worker.store.connection import Command, RedisClient, close_idle, connect, reaching, together
-from attune_worker.store.keys import JobKeys
+from attune_worker.store.keys import FleetKeys, JobKeys
+from attune_worker.store.listing import Listing
+from attune_worker.store.record import (
+    FIELDS,
+    Acceptance,
+    Claim,
+    Finish,
+    Record,
+    attempts_of,
+    progress_of,
+    status_of,
+    whole,
+)
 from attune_worker.store.scripts import Argument, Script
 
-ACCEPT = Script("accept", "values")
-CLAIM = Script("claim", "values", "ending")
-PUT_BACK = Script("put_back", "values")
-FINISH = Script("finish", "values", "ending")
-CANCEL = Script("cancel", "values", "ending")
+__all__ = ["Acceptance", "Claim", "Finish", "Record", "Records"]
+
+ACCEPT = Script("accept", "values", "places")
+CLAIM = Script("claim", "values", "places", "ending")
+PUT_BACK = Script("put_back", "values", "places", "ending")
+FINISH = Script("finish", "values", "places", "ending")
+CANCEL = Script("cancel", "values", "places", "ending")
+TAKE_OVER = Script("take_over", "values", "places", "ending")
+RETRY = Script("retry", "values", "places")
 WATCH = Script("watch")
 
 WAITER_SECONDS = 3600
 """How long a waiting client is remembered; one that waits longer says so again."""
 
-_FIELDS = ("state", "result", "accepted_ms", "started_ms", "ended_ms", "attempts", "reason", "progress", "due_ms")
-"""What is read of a record; watch.lua has the same list."""
+LOST = "its worker was lost"
+"""Why a job waits that was taken over."""
 
-_ATTEMPTS = TypeAdapter(tuple[Attempt, ...])
-
-
-@dataclass(frozen=True, slots=True)
-class Acceptance:
-    """What ACCEPT said of a job. ``conflict``: its id belongs to a different job; ``wake``: a wake-up is due."""
-
-    conflict: bool
-    wake: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A job taken by one worker. ``fence`` proves it at FINISH; times are in milliseconds of Redis' clock.
-
-    ``attempts`` are the calls of its earlier starts, if it was put back.
-    """
-
-    fence: int
-    job: str
-    accepted_ms: int
-    claimed_ms: int
-    deadline_ms: int
-    started_ms: int
-    attempts: tuple[Attempt, ...] = ()
-
-    @property
-    def queue_ms(self) -> int:
-        """How long the job waited until its first start."""
-        return self.started_ms - self.accepted_ms
-
-    @property
-    def remaining_seconds(self) -> float | None:
-        """Time left at the claim until the job's deadline; None: it has none."""
-        return (self.deadline_ms - self.claimed_ms) / 1000 if self.deadline_ms else None
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Where a job is, as it was read.
-
-    ``started_ms`` is its first start, ``attempts`` counts its starts. ``progress`` are the calls of starts that put
-    it back; while it waits, ``reason`` says why and ``due_ms`` until when. Times are in ms of Redis' clock.
-    """
-
-    job_id: str
-    status: JobStatus
-    result: str | None = None
-    accepted_ms: int | None = None
-    started_ms: int | None = None
-    ended_ms: int | None = None
-    attempts: int = 0
-    reason: str | None = None
-    progress: tuple[Attempt, ...] = ()
-    due_ms: int | None = None
-    metadata: dict[str, JsonValue] = field(default_factory=dict)
-
-    def to_result(self) -> JobResult:
-        """Return how the job ended, or what is known so far; raises ``JobNotFoundError`` for one that is unknown."""
-        if self.status is JobStatus.UNKNOWN:
-            raise JobNotFoundError(self.job_id)
-        if self.result is not None:
-            try:
-                return JobResult.model_validate_json(self.result)
-            except ValidationError:
-                raise AttuneError(f"the result of job {self.job_id} cannot be read; was it written by us?") from None
-        return JobResult(
-            job_id=self.job_id,
-            status=self.status,
-            cost_usd=total_cost(self.progress) if self.status.ended else None,
-            queue_ms=self._queue_ms,
-            attempts=self.progress,
-            error=self._error,
-            metadata=self.metadata,
-        )
-
-    @property
-    def _queue_ms(self) -> int | None:
-        until_ms = self.started_ms or self.ended_ms
-        return until_ms - self.accepted_ms if until_ms and self.accepted_ms else None
-
-    @property
-    def _error(self) -> JobError | None:
-        when = "before it started"
-        if self.reason is not None:
-            when = f"while it waited: {self.reason}"
-        elif self.attempts:
-            when = "after the worker that ran it was lost"
-        if self.status is JobStatus.CANCELLED:
-            return JobError(type="cancelled", message=f"cancelled {when}")
-        if self.status is JobStatus.EXPIRED:
-            return JobError(type="deadline_exceeded", message=f"the deadline passed {when}")
-        return None
+BATCH = 500
+"""Most records that are read in one round trip where there may be many."""
 
 
 class Records:
@@ -132,6 +57,7 @@ class Records:
     def __init__(self, settings: Settings, redis: RedisClient | None = None) -> None:
         self._settings = settings
         self._redis = redis or connect(settings)
+        self._listing = Listing(settings, self._redis)
 
     def accept(self, jobs: Sequence[tuple[str, Job, str]]) -> list[Acceptance]:
         """Write the records of ``(job id, job, its JSON)`` in one round trip, and return what became of each."""
@@ -140,95 +66,100 @@ class Records:
         return [Acceptance(conflict=verdict == b"conflict", wake=bool(due)) for verdict, due in answers]
 
     def _accept_call(self, job_id: str, job: Job, text: str) -> tuple[Sequence[str], Sequence[Argument]]:
-        keys = self._keys(job_id)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return (keys.record, keys.queued), (
-            job_id,
-            text,
-            digest,
-            job.priority,
-            ceil((job.deadline_seconds or 0) * 1000),
-        )
+        deadline_ms = ceil((job.deadline_seconds or 0) * 1000)
+        return self._keys(job_id).all, (job_id, text, digest, job.priority, deadline_ms)
 
-    def claim(self, job_id: str, owner: str, lease_seconds: float) -> Claim | JobStatus:
-        """Take a job that is queued or waits, or return the status that forbids it."""
-        keys = self._keys(job_id)
-        with reaching(self._settings):
-            answer = CLAIM(
-                self._redis,
-                (keys.record, keys.queued, keys.running, keys.waiters, keys.due),
-                (job_id, owner, round(lease_seconds * 1000), self._settings.retention_seconds),
-            )
+    def claim(self, job_id: str, owner: str, lease: str, channel: str = "") -> Claim | JobStatus:
+        """Take a job that is queued or waits, or return the status that forbids it.
+
+        ``owner`` is unique to the delivery: the same one may ask again, should the answer have been lost. ``lease``
+        is that of the worker, and ``channel`` the one on which it is told the job's id when that is cancelled.
+        """
+        answer = self._run(CLAIM, job_id, owner, lease, channel, self._settings.retention_seconds)
         if answer[0] != b"claimed":
-            return _status(answer[0])
-        _, fence, job, accepted_ms, claimed_ms, deadline_ms, started_ms, progress = answer
-        return Claim(
-            fence,
-            (job or b"").decode(errors="replace"),
-            accepted_ms,
-            claimed_ms,
-            deadline_ms,
-            started_ms,
-            _attempts(progress),
-        )
+            return status_of(answer[0])
+        _, fence, job, accepted_ms, claimed_ms, deadline_ms, started_ms, progress, crashes = answer
+        text = (job or b"").decode(errors="replace")
+        attempts = attempts_of(progress)
+        return Claim(fence, text, accepted_ms, claimed_ms, deadline_ms, started_ms, attempts, crashes)
 
     def put_back(self, job_id: str, fence: int, wait_seconds: float, reason: str, attempts: Sequence[Attempt]) -> bool:
-        """Have a claimed job wait before it goes on, though not past its deadline; False as for ``finish``.
+        """Have a claimed job wait before it goes on, though not past its deadline; False when it does not wait.
 
-        ``reason`` says why, in one line for whoever watches; ``attempts`` are all calls so far.
+        That is so when another worker holds it by now, or it has ended; one that was cancelled while it ran ends
+        here. ``reason`` says why it waits, in one line for whoever watches; ``attempts`` are all calls so far.
         """
-        keys = self._keys(job_id)
-        progress = _ATTEMPTS.dump_json(tuple(attempts), exclude_defaults=True)
-        with reaching(self._settings):
-            return bool(
-                PUT_BACK(
-                    self._redis,
-                    (keys.record, keys.running, keys.due),
-                    (job_id, fence, ceil(wait_seconds * 1000), reason, progress),
-                )
-            )
+        wait_ms = ceil(wait_seconds * 1000)
+        retention_seconds = self._settings.retention_seconds
+        return bool(self._run(PUT_BACK, job_id, fence, wait_ms, reason, progress_of(attempts), retention_seconds))
 
-    def finish(self, fence: int, result: JobResult) -> bool:
-        """Write how a job ended; False when another worker holds the job by now and this end does not count."""
-        keys = self._keys(result.job_id)
-        with reaching(self._settings):
-            return bool(
-                FINISH(
-                    self._redis,
-                    (keys.record, keys.running, keys.waiters),
-                    (
-                        result.job_id,
-                        fence,
-                        result.status.value,
-                        result.model_dump_json(exclude_defaults=True),
-                        self._settings.retention_seconds,
-                    ),
-                )
-            )
+    def finish(self, fence: int, result: JobResult) -> Finish:
+        """Write how a job ended, and return whether it was taken."""
+        text = result.model_dump_json(exclude_defaults=True)
+        retention_seconds = self._settings.retention_seconds
+        return Finish(self._run(FINISH, result.job_id, fence, result.status.value, text, retention_seconds).decode())
 
     def cancel(self, job_id: str) -> JobStatus:
-        """Cancel a job that has not started, or waits to go on, and return where it is then."""
-        keys = self._keys(job_id)
-        with reaching(self._settings):
-            state = CANCEL(
-                self._redis,
-                (keys.record, keys.queued, keys.waiters, keys.due),
-                (job_id, self._settings.retention_seconds),
-            )
-        return _status(state)
+        """Cancel a job; return ``cancelled`` when it has ended so, or will because it runs, else where it is."""
+        return status_of(self._run(CANCEL, job_id, self._settings.retention_seconds))
+
+    def cancelled(self, job_ids: Sequence[str]) -> set[str]:
+        """Return which of these jobs, that the caller runs, were cancelled."""
+        keys = [self._keys(job_id).record for job_id in job_ids]
+        answers = self._together([(key, ("HMGET", key, "state", "cancelled_ms")) for key in keys])
+        return {
+            job_id
+            for job_id, (state, cancelled_ms) in zip(job_ids, answers, strict=True)
+            if state == b"cancelled" or (state == b"running" and cancelled_ms is not None)
+        }
+
+    def take_over(self, job_id: str, lease: str, attempts: Sequence[Attempt], evidence: str) -> JobStatus | None:
+        """Take a job away from a worker that is dead, and return where it is then; None: that worker had it no more.
+
+        It waits and is due at once. A job that ``recovery.max_crashes`` workers were lost with is ``dead``; one that
+        was cancelled while it ran is ``cancelled``. ``attempts`` are all calls so far, ``evidence`` says in one line
+        how the worker was lost.
+        """
+        line = " ".join(evidence.split())
+        limit, retention_seconds = self._settings.recovery.max_crashes, self._settings.retention_seconds
+        state = self._run(TAKE_OVER, job_id, lease, progress_of(attempts), line, limit, LOST, retention_seconds)
+        return None if state is None else status_of(state)
+
+    def retry(self, job_id: str) -> JobStatus | None:
+        """Put a job that is dead, failed, expired or cancelled back in line as new, and return what it was.
+
+        None when that cannot be: it is under way, has succeeded, is unknown, or its prompt is gone. Its deadline is
+        as long as it was, from now. The wake-up is for the caller to send.
+        """
+        state = self._run(RETRY, job_id, uuid4().hex)
+        if state is None:
+            return None
+        calls = FleetKeys(self._settings.namespace).job_calls(job_id)
+        self._together([(calls, ("UNLINK", calls))])  # they are in the ledger, and no part of what begins anew
+        return status_of(state)
 
     def read(self, job_ids: Sequence[str]) -> list[Record]:
         """Read where jobs are, in one round trip."""
-        records = [self._keys(job_id).record for job_id in job_ids]
-        answers = self._together([(record, ("HMGET", record, *_FIELDS)) for record in records])
+        keys = [self._keys(job_id).record for job_id in job_ids]
+        answers = self._together([(key, ("HMGET", key, *FIELDS)) for key in keys])
         return [self._record(*pair) for pair in zip(job_ids, answers, strict=True)]
+
+    def read_job(self, job_id: str) -> Job | None:
+        """Return the job as it was submitted; None when it is unknown, or has succeeded and so its prompt is gone.
+
+        Raises ``InvalidJobError`` for a record that cannot be read.
+        """
+        key = self._keys(job_id).record
+        [text] = self._together([(key, ("HGET", key, "job"))])
+        return None if text is None else Job.from_json(text)
 
     def watch(self, job_ids: Sequence[str], channel: str) -> list[Record]:
         """Read where jobs are, and have ``channel`` told the id of each that has not ended yet, when it does."""
-        calls = []
+        calls: list[tuple[Sequence[str], Sequence[Argument]]] = []
         for job_id in job_ids:
             keys = self._keys(job_id)
-            calls.append(((keys.record, keys.waiters), (channel, WAITER_SECONDS)))
+            calls.append(((keys.record, keys.waiters), (channel, WAITER_SECONDS, *FIELDS)))
         with reaching(self._settings):
             return [self._record(*pair) for pair in zip(job_ids, WATCH.many(self._redis, calls), strict=True)]
 
@@ -239,11 +170,39 @@ class Records:
         if state != b"waiting":
             return None
         now_ms = int(time[0]) * 1000 + int(time[1]) // 1000
-        return max((_whole(due_ms) or 0) - now_ms, 0) / 1000
+        return max((whole(due_ms) or 0) - now_ms, 0) / 1000
+
+    def running(self) -> Iterator[tuple[str, str]]:
+        """Go through the running jobs: job id, and lease of the worker that runs it.
+
+        A job that starts or ends meanwhile may be missed, and one may be seen twice.
+        """
+        return self._listing.running()
+
+    def counts(self) -> dict[JobStatus, int]:
+        """Return how many jobs are queued, running, waiting and dead."""
+        return self._listing.counts()
+
+    def listed(self, status: JobStatus | None, limit: int) -> list[Record]:
+        """Return the records of up to ``limit`` jobs that are in this state, the latest first.
+
+        None: those that run, wait and are queued, then those that ended. Of these, the latest are kept in the list:
+        1,000 for each of the sixteen shards; of the dead, all.
+        """
+        found: list[Record] = []
+        ids = iter(dict.fromkeys(self._listing.newest(status, limit)))
+        while len(found) < limit and (batch := list(islice(ids, min(limit, BATCH)))):
+            known = [record for record in self.read(batch) if record.status is not JobStatus.UNKNOWN]
+            found += [record for record in known if status in {None, record.status}]
+        return found[:limit]
 
     def close(self) -> None:
         """Give the connections back."""
         close_idle(self._redis)
+
+    def _run(self, script: Script, job_id: str, *args: Argument) -> Any:
+        with reaching(self._settings):
+            return script(self._redis, self._keys(job_id).all, (job_id, *args))
 
     def _together(self, commands: Sequence[tuple[str, Command]]) -> list[Any]:
         with reaching(self._settings):
@@ -253,59 +212,13 @@ class Records:
                     raise answer
             return answers
 
-    def _record(self, job_id: str, fields: Sequence[bytes | None]) -> Record:
-        record = _record(job_id, fields)
+    def _record(self, job_id: str, values: Sequence[bytes | None]) -> Record:
+        record = Record.of(job_id, values)
         if record.status.ended and record.result is None:  # it ended without a call: the job itself tells the rest
-            job = self._redis.hget(self._keys(job_id).record, "job")
             with suppress(InvalidJobError):
-                return replace(record, metadata=Job.from_json(job or b"").metadata)
+                job = self.read_job(job_id)
+                return replace(record, metadata=job.metadata if job else {})
         return record
 
     def _keys(self, job_id: str) -> JobKeys:
         return JobKeys.of(self._settings.namespace, job_id)
-
-
-def _record(job_id: str, fields: Sequence[bytes | None]) -> Record:
-    state, result, accepted_ms, started_ms, ended_ms, attempts, reason, progress, due_ms = fields
-    status = _status(state)
-    if status is JobStatus.UNKNOWN:
-        return Record(job_id, status)
-    return Record(
-        job_id,
-        status,
-        result=_text(result),
-        accepted_ms=_whole(accepted_ms),
-        started_ms=_whole(started_ms),
-        ended_ms=_whole(ended_ms),
-        attempts=_whole(attempts) or 0,
-        reason=_text(reason),
-        progress=_attempts(progress),
-        due_ms=_whole(due_ms),
-    )
-
-
-def _status(state: bytes | None) -> JobStatus:
-    try:
-        return JobStatus((state or b"").decode(errors="replace"))
-    except ValueError:  # nobody of us wrote that
-        return JobStatus.UNKNOWN
-
-
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode(errors="replace")
-
-
-def _whole(value: bytes | None) -> int | None:
-    try:
-        return None if value is None else int(value)
-    except ValueError:
-        return None
-
-
-def _attempts(progress: bytes | None) -> tuple[Attempt, ...]:
-    if not progress:
-        return ()
-    try:
-        return _ATTEMPTS.validate_json(progress)
-    except ValidationError:
-        return ()

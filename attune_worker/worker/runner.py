@@ -14,30 +14,33 @@ from pydantic import JsonValue
 
 from attune_worker.errors import (
     AttuneError,
-    DeadlineExceededError,
-    ExecutionError,
     JobNotFoundError,
     NotNowError,
     ResultTimeoutError,
     ServiceUnavailableError,
+    StoppedError,
 )
 from attune_worker.inbox import Inbox
-from attune_worker.jobs import Job, JobError, JobResult, JobStatus, total_cost
-from attune_worker.models.executor import EmpathyLLMExecutor, LLMResponse
+from attune_worker.jobs import Job, JobResult, JobStatus
+from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.results import wait_for
 from attune_worker.settings import Settings
-from attune_worker.store.records import Claim, Record, Records
+from attune_worker.store.records import Claim, Finish, Record, Records
 from attune_worker.submission import Submission
+from attune_worker.worker.ends import Ends
+from attune_worker.worker.liveness import Lease
+from attune_worker.worker.outcomes import Pause, calls_of, cancelled, failed, succeeded, withdrawn
+from attune_worker.worker.starts import Start, Starts
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 120.0
-"""How long a job waits for Redis to come back, before its call, and after it with an answer that has been paid for."""
+"""How long a job waits for Redis to come back before its call."""
 
-LEASE_MARGIN_SECONDS = PATIENCE_SECONDS + 60.0
-"""How much longer than a job may run its claim is held: its end may have to wait for Redis."""
+CLOSE_SECONDS = 5.0
+"""How long the end of a process may be put off by ends of jobs that wait for Redis."""
 
 SHORTEST_WAIT_SECONDS = 0.05
 LONGEST_WAIT_SECONDS = 32 * 86_400.0
@@ -52,6 +55,11 @@ JITTER = 0.1
 RECHECK_SECONDS = 5.0
 """How often ``submit`` looks whether a job that was taken elsewhere still runs there."""
 
+NOTICE_SECONDS = 1.0
+"""How soon ``submit``, waiting for a job, notices that its process ends."""
+
+SHUT_DOWN = "its worker was shut down"
+
 
 class Runner:
     """Runs jobs for one worker process, from any number of threads."""
@@ -61,56 +69,106 @@ class Runner:
         self._records = Records(settings)
         self._submission = Submission(settings)
         self._inbox = Inbox(settings)
-        self._executor = EmpathyLLMExecutor(settings)
+        self._lease = Lease(settings)
+        self._executor = EmpathyLLMExecutor(settings, holds=self._lease.holds)
+        self._starts = Starts(self._records, self._inbox, self._lease)
+        self._ends = Ends()
 
-    def run(self, job_id: str) -> JobResult:
+    def run(self, job_id: str, later: Callable[[JobResult], object] | None = None) -> JobResult:
         """Run the job unless it has ended or runs elsewhere, and return where it stands then.
 
         Each start may take ``timeout_seconds``, and none goes past the job's deadline. A job for which nothing can
-        be called soon is put back: it waits without a worker. Raises ``JobNotFoundError`` for an id without a
-        record, ``ServiceUnavailableError`` when Redis is away.
+        be called soon is put back: it waits without a worker. One whose end cannot be written, because Redis is away,
+        is returned as running, and ``later`` is told the end once it is written. Raises ``JobNotFoundError`` for an
+        id without a record, ``ServiceUnavailableError`` when Redis is away before the job is claimed,
+        ``StoppedError`` when this process begins nothing more.
         """
-        lease_seconds = self._settings.timeout_seconds + LEASE_MARGIN_SECONDS
-        owner = uuid4().hex
-        claim = self._patiently(lambda: self._records.claim(job_id, owner, lease_seconds))
-        if not isinstance(claim, Claim):
-            if claim is JobStatus.UNKNOWN:
-                raise JobNotFoundError(job_id)
-            return self._records.read([job_id])[0].to_result()
-        result = self._execute(job_id, claim)
-        if isinstance(result, NotNowError):
-            return self._put_back(job_id, claim, result)
-        if not self._patiently(lambda: self._records.finish(claim.fence, result)):
-            logger.warning("job %s ended here as %s, but its end was already written", job_id, result.status)
-            return self._records.read([job_id])[0].to_result()
-        return result
+        with self._starts.begin(job_id) as start:
+            claim = self._claim(start)
+            if not isinstance(claim, Claim):
+                if claim is JobStatus.UNKNOWN:
+                    raise JobNotFoundError(job_id)
+                return self._records.read([job_id])[0].to_result()
+            try:
+                ended = self._execute(start, claim)
+            except BaseException:  # the thread itself is to end: the job is not ours any more
+                self._ends.keep(lambda: self._put_back(job_id, claim, Pause(0, SHUT_DOWN, claim.attempts)))
+                raise
+            if isinstance(ended, Pause):
+                written = self._ends.write(lambda: self._put_back(job_id, claim, ended))
+            else:
+                written = self._ends.write(lambda: self._finish(claim, ended), len(ended.content or ""), later)
+            return written or JobResult(job_id=job_id, status=JobStatus.RUNNING)
 
     def submit(self, fields: Mapping[str, Any], task_id: str) -> JobResult:
         """Accept a job and run it here until it has ended.
 
         While it waits, or runs elsewhere, this thread waits for it; when it is due it goes on here, so that jobs
         that wait never need a thread that another one holds. Raises ``InvalidJobError`` for a job that cannot
-        be accepted.
+        be accepted, ``StoppedError`` when this process begins nothing more: the job is accepted then, and asking
+        again elsewhere does no harm.
         """
         [accepted] = self._submission.prepare([fields], task_id)
         self._submission.refuse_conflicts([accepted], self._records.accept([accepted]))
         while not (result := self.run(accepted[0])).status.ended:
-            with suppress(ResultTimeoutError):
-                return self._patiently(lambda: self._wait(accepted[0])).to_result()
+            if (record := self._wait(accepted[0])) is not None:
+                return record.to_result()
         return result
 
+    def wind_down(self) -> None:
+        """Begin nothing more; jobs that only wait in their threads are put back, calls under way go on."""
+        self._starts.wind_down(SHUT_DOWN)
+
+    def hand_back(self) -> None:
+        """Cut off the calls under way too, and put their jobs back for other workers."""
+        self._starts.stop(SHUT_DOWN)
+
     def close(self) -> None:
-        """Write down what Redis has not been told yet, for a few seconds, and give connections back."""
+        """Write down what Redis has not been told yet, for a few seconds, and give lease and connections back."""
+        self._ends.hurry()
         self._executor.close()
+        self._ends.close(CLOSE_SECONDS)
+        self._starts.close()
+        self._lease.stop()
         self._inbox.close()
         self._records.close()
 
-    def _wait(self, job_id: str) -> Record:
-        """Return the record of a job that ends; raises ``ResultTimeoutError`` when it may be time to run it."""
-        seconds = self._records.due_in_seconds(job_id)
-        return wait_for(self._records, self._inbox, job_id, RECHECK_SECONDS if seconds is None else seconds)
+    def _claim(self, start: Start) -> Claim | JobStatus:
+        owner = uuid4().hex
+        tried = False
 
-    def _execute(self, job_id: str, claim: Claim) -> JobResult | NotNowError:
+        def claim() -> Claim | JobStatus:
+            nonlocal tried
+            self._lease.start()
+            start.lease, channel = self._lease.id, self._inbox.ready()
+            tried = True
+            return self._records.claim(start.job_id, owner, start.lease, channel)
+
+        try:
+            return self._patiently(claim)
+        except (ServiceUnavailableError, StoppedError):
+            if tried:  # Redis may have heard it: nobody would run what this process holds
+                self._ends.keep(lambda: self._release(start, owner))
+            raise
+
+    def _release(self, start: Start, owner: str) -> None:
+        """Give back a job that this process may have claimed without hearing of it."""
+        claim = self._records.claim(start.job_id, owner, start.lease)
+        if isinstance(claim, Claim):
+            self._records.put_back(start.job_id, claim.fence, 0, "Redis was away when it was claimed", claim.attempts)
+
+    def _wait(self, job_id: str) -> Record | None:
+        """Return the record of a job that ends; None when it may be time to run it, or this process ends."""
+        seconds = self._patiently(lambda: self._records.due_in_seconds(job_id))
+        ends = time.monotonic() + (RECHECK_SECONDS if seconds is None else seconds)
+        while not self._starts.ending and (left := ends - time.monotonic()) > 0:
+            with suppress(ResultTimeoutError):
+                notice = min(left, NOTICE_SECONDS)
+                return self._patiently(lambda: wait_for(self._records, self._inbox, job_id, notice))  # noqa: B023
+        return None
+
+    def _execute(self, start: Start, claim: Claim) -> JobResult | Pause:
+        job_id = start.job_id
         metadata: dict[str, JsonValue] = {}
         try:
             job = Job.from_json(claim.job)
@@ -121,35 +179,53 @@ class Runner:
                 job_id=job_id,
                 attempts=claim.attempts,
                 patience_seconds=self._settings.retry.patience_seconds,
+                lease=start.lease,
+                interruption=start.interruption,
             )
         except NotNowError as error:
-            return error
+            chance = random.random()  # noqa: S311  # spreads load, hides nothing
+            seconds = _with_jitter(error.retry_after, claim.fence, chance)
+            return Pause(seconds, error.message, calls_of(error, claim))
+        except StoppedError as error:
+            if start.cancelled:
+                return cancelled(job_id, claim, error, metadata)
+            return Pause(0, error.message, calls_of(error, claim))
         except AttuneError as error:
-            return _failed(job_id, claim, error, metadata)
+            return failed(job_id, claim, error, metadata)
         except Exception as error:  # the edge: whatever happened, the job gets an end and the log the traceback
             logger.exception("job %s met an error of attune-worker's own", job_id)
-            return _failed(job_id, claim, AttuneError(f"internal error: {type(error).__name__}"), metadata)
-        return _succeeded(job_id, claim, response)
+            return failed(job_id, claim, AttuneError(f"internal error: {type(error).__name__}"), metadata)
+        return succeeded(job_id, claim, response)
 
-    def _put_back(self, job_id: str, claim: Claim, error: NotNowError) -> JobResult:
-        chance = random.random()  # noqa: S311  # spreads load, hides nothing
-        wait_seconds = _with_jitter(error.retry_after, claim.fence, chance)
-        attempts = error.attempts or claim.attempts
-        if self._patiently(lambda: self._records.put_back(job_id, claim.fence, wait_seconds, error.message, attempts)):
-            logger.info("job %s waits for %.1f s: %s", job_id, wait_seconds, error.message)
+    def _finish(self, claim: Claim, result: JobResult) -> JobResult:
+        verdict = self._records.finish(claim.fence, result)
+        if verdict is Finish.CANCELLED:
+            result = withdrawn(result)
+            verdict = self._records.finish(claim.fence, result)
+        if verdict is Finish.WRITTEN:
+            return result
+        logger.warning(
+            "job %s ended here as %s, but it runs elsewhere, or has ended there", result.job_id, result.status
+        )
+        return self._records.read([result.job_id])[0].to_result()
+
+    def _put_back(self, job_id: str, claim: Claim, pause: Pause) -> JobResult:
+        if self._records.put_back(job_id, claim.fence, pause.seconds, pause.reason, pause.attempts):
+            logger.info("job %s waits for %.1f s: %s", job_id, pause.seconds, pause.reason)
         else:
             logger.warning("job %s was to wait, but another worker has it, or it has ended", job_id)
-        return self._patiently(lambda: self._records.read([job_id])[0]).to_result()
+        return self._records.read([job_id])[0].to_result()
 
-    @staticmethod
-    def _patiently(script: Callable[[], T]) -> T:
+    def _patiently(self, script: Callable[[], T]) -> T:
         """Run a script of the job's record, again and again for a while if Redis is away: each may run twice."""
-        give_up = time.monotonic() + PATIENCE_SECONDS
+        gives_up = time.monotonic() + PATIENCE_SECONDS
         while True:
+            if self._starts.ending:
+                raise StoppedError(SHUT_DOWN)
             try:
                 return script()
             except ServiceUnavailableError as error:
-                if time.monotonic() > give_up:
+                if time.monotonic() > gives_up:
                     raise
                 logger.warning("waiting for Redis: %s", error)
                 time.sleep(1.0)
@@ -164,44 +240,3 @@ def _with_jitter(wait_seconds: float | None, starts: int, chance: float) -> floa
     patience = min(SHORTEST_WAIT_SECONDS * 2.0 ** min(starts - 1, 30), LONGEST_POLL_SECONDS)
     seconds = min(max(wait_seconds or 0.0, patience), LONGEST_WAIT_SECONDS)
     return seconds * (1 + JITTER * chance)
-
-
-def _succeeded(job_id: str, claim: Claim, response: LLMResponse) -> JobResult:
-    return JobResult(
-        job_id=job_id,
-        status=JobStatus.SUCCEEDED,
-        content=response.content,
-        model_id=response.model_id,
-        provider=response.provider,
-        tier=response.tier,
-        auth_mode=response.auth_mode,
-        usage=response.usage,
-        cost_usd=response.cost_usd,
-        latency_ms=response.latency_ms,
-        queue_ms=claim.queue_ms,
-        finish_reason=response.finish_reason,
-        attempts=response.attempts,
-        metadata=response.metadata,
-    )
-
-
-def _failed(job_id: str, claim: Claim, error: AttuneError, metadata: dict[str, JsonValue]) -> JobResult:
-    attempts = (error.attempts if isinstance(error, ExecutionError) else ()) or claim.attempts
-    last = attempts[-1] if attempts else None
-    return JobResult(
-        job_id=job_id,
-        status=JobStatus.EXPIRED if isinstance(error, DeadlineExceededError) else JobStatus.FAILED,
-        model_id=last.model_id if last else None,
-        provider=last.provider if last else None,
-        tier=last.tier if last else None,
-        cost_usd=total_cost(attempts),
-        latency_ms=last.latency_ms if last else None,
-        queue_ms=claim.queue_ms,
-        attempts=attempts,
-        error=JobError(
-            type=error.type,
-            message=error.message,
-            retry_after=error.retry_after if isinstance(error, ExecutionError) else None,
-        ),
-        metadata=metadata,
-    )

@@ -1,9 +1,12 @@
-"""Who wakes jobs that are due? One worker of the fleet at a time, from a thread that runs no jobs itself."""
+"""Who looks after jobs that no worker has in hand? One worker of the fleet at a time, from a thread that runs none."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from uuid import uuid4
 
@@ -12,6 +15,8 @@ from celery import Celery
 from attune_worker.errors import ServiceUnavailableError
 from attune_worker.store.due import RESEND_SECONDS, DueJobs
 from attune_worker.wake_ups import send_wake_ups
+from attune_worker.worker.lost_wake_ups import LostWakeUps
+from attune_worker.worker.recovery import Recovery
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +32,42 @@ IDLE_SECONDS = 1.0
 STOP_SECONDS = 2.0
 
 
+@dataclass(slots=True)
+class Duty:
+    """Something the leading worker does again and again, a bounded part of it at a time.
+
+    ``do`` returns how many seconds to leave it at that; ``omission`` says what does not happen while it fails.
+    """
+
+    omission: str
+    do: Callable[[], float]
+    next_at: float = 0.0
+    complaint: str = ""
+
+    def complain(self, complaint: str, *, traceback: bool = False) -> None:
+        """Log a complaint, but not the same one again and again."""
+        if complaint != self.complaint:
+            logger.warning("%s", complaint, exc_info=traceback)
+            self.complaint = complaint
+
+    def fulfil(self) -> None:
+        """Do a part of it; what goes wrong is said, and tried again later."""
+        pause_seconds = IDLE_SECONDS
+        try:
+            pause_seconds = self.do()
+            self.complaint = ""
+        except ServiceUnavailableError as error:
+            self.complain(f"{self.omission}: {error}")
+        except Exception:  # noqa: BLE001  # the edge: the thread lives as long as its worker, the log tells
+            self.complain(f"{self.omission}: an error of attune-worker's own", traceback=True)
+        self.next_at = time.monotonic() + pause_seconds
+
+
 class Sweeper:
-    """Sends the wake-ups of waiting jobs whose time has come, while this worker leads."""
+    """Sees to it, while this worker leads, that every job has a worker or a wake-up on its way.
+
+    It sends what is due, takes over the jobs of dead workers, and sends lost wake-ups again.
+    """
 
     def __init__(
         self, app: Celery, *, resend_seconds: float = RESEND_SECONDS, lease_seconds: float = LEASE_SECONDS
@@ -39,7 +78,9 @@ class Sweeper:
         self._lease_seconds = lease_seconds
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="attune-sweeper", daemon=True)
-        self._complaint = ""
+        self._leading = Duty(
+            "jobs that are due are not woken, and those of dead workers not taken over", self._fulfil_what_is_due
+        )
 
     def start(self) -> None:
         """Sweep from now on, in a thread."""
@@ -51,12 +92,23 @@ class Sweeper:
         self._thread.join(STOP_SECONDS)
 
     def sweep(self) -> float:
-        """Send what is due if this worker leads, and return for how many seconds to leave it at that.
+        """Do what there is to do now if this worker leads, and return for how many seconds to leave it at that.
 
-        Raises ``ServiceUnavailableError`` when Redis or the broker is away; what was not sent is due again later.
+        What goes wrong in one duty is logged, and the others are done all the same.
         """
-        if not self._due.lead(self.worker, self._lease_seconds):
-            return IDLE_SECONDS
+        self._leading.fulfil()
+        return max(0.0, self._leading.next_at - time.monotonic())
+
+    def _fulfil_what_is_due(self) -> float:
+        for duty in self._duties:
+            if duty.next_at > time.monotonic():
+                continue
+            if not self._due.lead(self.worker, self._lease_seconds):  # before each: one may have taken its time
+                return IDLE_SECONDS
+            duty.fulfil()
+        return min(duty.next_at for duty in self._duties) - time.monotonic()
+
+    def _wake_what_is_due(self) -> float:
         due = self._due.take(self._resend_seconds)
         send_wake_ups(self._app, due.jobs)
         return TICK_SECONDS if due.waiting else IDLE_SECONDS
@@ -65,26 +117,35 @@ class Sweeper:
     def _due(self) -> DueJobs:
         return DueJobs(self._app.attune_settings)
 
-    def _run(self) -> None:
-        pause_seconds = 0.0
-        while not self._stopping.wait(pause_seconds):
-            try:
-                pause_seconds = self.sweep()
-                self._complaint = ""
-            except ServiceUnavailableError as error:
-                pause_seconds = IDLE_SECONDS
-                self._complain(f"jobs that are due are not woken: {error}")
-            except Exception:  # noqa: BLE001  # the edge: the thread lives as long as its worker, the log tells
-                pause_seconds = IDLE_SECONDS
-                self._complain("an error of attune-worker's own while jobs that are due were woken", traceback=True)
-        try:
-            self._due.resign(self.worker)
-            self._due.close()
-        except ServiceUnavailableError as error:
-            logger.debug("the lease runs out by itself: %s", error)
+    @cached_property
+    def _recovery(self) -> Recovery:
+        return Recovery(self._app.attune_settings)
 
-    def _complain(self, complaint: str, *, traceback: bool = False) -> None:
-        """Log a complaint, but not the same one again and again."""
-        if complaint != self._complaint:
-            logger.warning("%s", complaint, exc_info=traceback)
-            self._complaint = complaint
+    @cached_property
+    def _lost_wake_ups(self) -> LostWakeUps:
+        return LostWakeUps(self._app)
+
+    @cached_property
+    def _duties(self) -> tuple[Duty, ...]:
+        return (
+            Duty("the jobs of dead workers are not taken over", self._recovery.step),
+            Duty("jobs whose time has come are not woken", self._wake_what_is_due),
+            Duty("wake-ups that were lost are not sent again", self._lost_wake_ups.look),
+            Duty("calls of programs that died are not settled", self._recovery.settle_overdue),
+        )
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self.sweep()):
+            pass
+        self._end()
+
+    def _end(self) -> None:
+        made = vars(self)
+        try:
+            if "_due" in made:
+                self._due.resign(self.worker)
+        except ServiceUnavailableError as error:
+            logger.debug("the lead runs out by itself: %s", error)
+        for name in ("_due", "_recovery", "_lost_wake_ups"):
+            if name in made:
+                made[name].close()

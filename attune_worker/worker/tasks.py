@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from typing import Any
+import logging
+from typing import Any, NoReturn
 
 from celery import Task, shared_task
 from celery.exceptions import Ignore
-from celery.signals import worker_process_shutdown, worker_ready, worker_shutdown
+from kombu.exceptions import KombuError, OperationalError
 
 from attune_worker.app import RUN_JOB, SUBMIT_JOB
+from attune_worker.errors import StoppedError
+from attune_worker.jobs import JobResult
+from attune_worker.worker.lifecycle import runner_of
 from attune_worker.worker.request import HIDDEN
 from attune_worker.worker.runner import Runner
 from attune_worker.worker.summary import Summary
-from attune_worker.worker.sweeper import Sweeper
+
+logger = logging.getLogger(__name__)
 
 
 class QuietTask(Task):  # type: ignore[misc]  # celery has no type information
@@ -31,24 +34,30 @@ class QuietTask(Task):  # type: ignore[misc]  # celery has no type information
 
     @property
     def runner(self) -> Runner:
-        """This process's runner, made when its first job arrives: after a fork, not before."""
-        with _lock:
-            process = os.getpid()
-            if process not in _runners:
-                _runners[process] = Runner(self.app.attune_settings)
-            return _runners[process]
+        """This process's runner."""
+        return runner_of(self.app)
 
+    def hand_back(self) -> NoReturn:
+        """Send this message again as it is, for another worker: this one begins nothing more."""
+        try:
+            self.signature_from_request(self.request).apply_async()
+        except (OperationalError, KombuError, OSError) as error:
+            # An accepted job is woken again by the other workers; what would have followed it on a canvas is not.
+            logger.warning("the message of %s could not be handed back (%s)", self.request.id, type(error).__name__)
+        raise Ignore
 
-_runners: dict[int, Runner] = {}
-_lock = threading.Lock()
-_sweepers: dict[str, Sweeper] = {}
-"""By the worker's name; in a pool of processes, the parent has it."""
+    def store_later(self, result: JobResult) -> None:
+        """Do what Celery does with a return value, for a job whose end was written after its task was over."""
+        self.backend.mark_as_done(result.job_id, Summary(result), store_result=not self.ignore_result)
 
 
 @shared_task(bind=True, base=QuietTask, name=RUN_JOB)  # type: ignore[untyped-decorator]
 def run_job(task: QuietTask, job_id: str) -> Summary:
     """Run an accepted job: the wake-up that ``Client`` sends."""
-    result = task.runner.run(job_id)
+    try:
+        result = task.runner.run(job_id, later=task.store_later)
+    except StoppedError:
+        task.hand_back()
     if not result.status.ended:  # it runs elsewhere, or waits; Celery would keep that as the result for good
         raise Ignore
     return Summary(result)
@@ -60,29 +69,7 @@ def submit_job(task: QuietTask, job: dict[str, Any]) -> Summary:
 
     The job's id is the task's id, unless the job has an idempotency key.
     """
-    return Summary(task.runner.submit(job, task.request.id))
-
-
-@worker_ready.connect  # type: ignore[untyped-decorator]
-def start_sweeper(sender: Any, **_: Any) -> None:
-    """Have this worker look for jobs that are due, from before its first job on."""
-    if hasattr(sender.app, "attune_settings"):
-        _sweepers[sender.hostname] = Sweeper(sender.app)
-        _sweepers[sender.hostname].start()
-
-
-@worker_shutdown.connect  # type: ignore[untyped-decorator]
-def stop_sweeper(sender: Any, **_: Any) -> None:
-    """Leave that to the other workers."""
-    if sweeper := _sweepers.pop(sender.hostname, None):
-        sweeper.stop()
-
-
-@worker_shutdown.connect  # type: ignore[untyped-decorator]
-@worker_process_shutdown.connect  # type: ignore[untyped-decorator]
-def close_runner(**_: Any) -> None:
-    """Write down what this process still keeps; its jobs have ended. A pool's process ends without atexit."""
-    with _lock:
-        runner = _runners.pop(os.getpid(), None)
-    if runner is not None:
-        runner.close()
+    try:
+        return Summary(task.runner.submit(job, task.request.id))
+    except StoppedError:
+        task.hand_back()

@@ -105,14 +105,15 @@ def test_a_file_that_holds_no_results_is_left_alone(tmp_path, content):
     assert path.read_bytes() == content
 
 
-def test_failed_results_are_dropped_only_on_request_and_then_run_as_new_jobs(tmp_path):
+@pytest.mark.parametrize("status", [status for status in JobStatus if status.ended and status != "succeeded"])
+def test_failed_results_are_dropped_only_on_request_and_then_run_as_new_jobs(tmp_path, status):
     """``retry_failed`` must not find the failed job again under its old key."""
     [good, bad] = lines_of(tmp_path, b'{"id": "good"}', b'{"id": "bad"}')
     path = tmp_path / "out.jsonl"
     with Results(path) as results:
         run_id = results.run_id
         results.add(good, ended())
-        results.add(bad, ended(JobStatus.FAILED))
+        results.add(bad, ended(status))
     with Results(path) as results:
         assert results.done == {"good", "bad"}
     with Results(path, retry_failed=True) as results:

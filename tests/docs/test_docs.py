@@ -19,9 +19,11 @@ from attune_worker.sections import (
     BreakerSettings,
     BudgetSettings,
     HttpSettings,
+    LedgerSettings,
     LimitSettings,
     ModelSettings,
     ProviderSettings,
+    RecoverySettings,
     RetrySettings,
     RoutingSettings,
     Section,
@@ -231,6 +233,8 @@ SECTIONS: dict[str, type[Section | Settings]] = {
     "breaker": BreakerSettings,
     "limits": LimitSettings,
     "routing": RoutingSettings,
+    "recovery": RecoverySettings,
+    "ledger": LedgerSettings,
     "budgets": BudgetSettings,
 }
 

@@ -40,22 +40,9 @@ HARD = [{"per": "day", "limit_usd": 100}]
 
 
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    """Run a Redis that a test may stop; what it has answered is on its disk."""
-    with EmbeddedRedis(tmp_path, configuration="appendfsync always\n") as server:
-        yield server
-
-
-@pytest.fixture
 def environ(make_environ: Any, simulator: Simulator, own_server: EmbeddedRedis) -> dict[str, str]:
     environ: dict[str, str] = make_environ(simulator, REDIS_URL=own_server.url, REDIS_TIMEOUT_SECONDS=0.5)
     return environ
-
-
-@pytest.fixture
-def redis(own_server: EmbeddedRedis) -> Iterator[Redis]:
-    with Redis.from_url(own_server.url) as client:
-        yield client
 
 
 @pytest.fixture
@@ -393,7 +380,7 @@ def test_worker_that_is_stopped_writes_what_it_keeps(
         handle = client.submit("summarize", "?")
         until(lambda: handle.status() is JobStatus.RUNNING and simulator.requests()["in_flight"])
         own_server.stop()
-        until(lambda: worker.log.read_text().count("waiting for Redis") > 1)
+        until(lambda: "ends of jobs are kept until Redis answers" in worker.log.read_text())
         assert billed(simulator) > 0
         worker.terminate()
         if pool != "solo":  # which looks at the signal when its job is done

@@ -63,9 +63,9 @@ def test_passwords_have_no_default(service, variable):
 
 
 def test_workers_are_given_time_to_finish_and_can_be_scaled():
-    """A stopped worker may finish its longest job, and no port or name keeps a second one from starting."""
+    """A stopped worker has its grace time and some for handing back; no port or name keeps a second one out."""
     worker = SERVICES["worker"]
-    assert seconds(worker["stop_grace_period"]) > Settings().timeout_seconds
+    assert seconds(worker["stop_grace_period"]) >= Settings().recovery.shutdown_grace_seconds + 20
     assert worker.keys().isdisjoint({"ports", "container_name", "hostname"})
 
 

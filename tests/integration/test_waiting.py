@@ -25,7 +25,6 @@ from attune_worker.worker.sweeper import Sweeper
 from tests.conftest import API_KEY
 
 SOON = 30.0
-LEASE_SECONDS = 60.0
 CALL = Attempt(
     model_id="gpt-6-luna",
     provider="openai",
@@ -65,7 +64,7 @@ def put_back(records: Records, wait_seconds: float, **fields: Any) -> str:
     job_id = new_job_id()
     job = Job.parse({"task_type": "summarize", "prompt": "a prompt", **fields})
     records.accept([(job_id, job, job.to_json())])
-    claim = records.claim(job_id, "worker-1", LEASE_SECONDS)
+    claim = records.claim(job_id, "worker-1", "lease-1")
     assert isinstance(claim, Claim)
     assert records.put_back(job_id, claim.fence, wait_seconds, "openai is busy", (CALL,))
     return job_id

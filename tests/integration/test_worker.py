@@ -371,26 +371,6 @@ def test_prefork_pool_runs_jobs_too(make_fleet: Callable[..., Fleet], start_work
     assert worker.process.wait(SOON) == 0
 
 
-def test_worker_that_is_asked_to_stop_finishes_what_it_runs(
-    make_fleet: Callable[..., Fleet], start_worker: Callable[..., LocalWorker], until: Any
-) -> None:
-    """Running calls are paid for, so their answers are kept; jobs that wait stay queued; the exit code is 0."""
-    fleet = make_fleet()
-    fleet.behave(latency=1.5)
-    worker = start_worker(fleet.environ, concurrency=5)
-    running = fleet.client.submit_many([{"task_type": "summarize", "prompt": str(n)} for n in range(5)])
-    until(lambda: all(handle.status() is JobStatus.RUNNING for handle in running))
-    waiting = fleet.client.submit_many([{"task_type": "summarize", "prompt": str(n)} for n in range(3)])
-    worker.terminate()
-    assert worker.process is not None
-    assert worker.process.wait(SOON) == 0
-    assert [handle.status() for handle in running] == [JobStatus.SUCCEEDED] * 5
-    assert all(handle.status() in (JobStatus.QUEUED, JobStatus.SUCCEEDED) for handle in waiting)
-    assert fleet.simulator.invoice()["count"] == sum(
-        handle.status() is JobStatus.SUCCEEDED for handle in [*running, *waiting]
-    )
-
-
 def test_wrong_configuration_stops_the_worker_with_one_line(make_environ: Any, fleet: Fleet) -> None:
     """Exit code 2 and the name of the variable, under either command."""
     environ = {**os.environ, **make_environ(fleet.simulator, CONCURRENCY="many")}

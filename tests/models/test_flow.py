@@ -307,7 +307,7 @@ def test_call_that_is_broken_off_is_settled_as_abandoned(lab: Lab) -> None:
         "failed",
         "ignored",
         None,
-        "cancelled",
+        "stopped",
     )
 
 

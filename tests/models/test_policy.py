@@ -83,6 +83,17 @@ def test_an_attempt_of_an_earlier_start_counts_like_any_failure() -> None:
     assert decide([A1, A2, B1], failures[2:]) == NextCall(B1, 0.0)
 
 
+@pytest.mark.parametrize(("outcome", "error_type"), [("orphaned", None), ("failed", "stopped")])
+def test_an_attempt_whose_worker_ended_counts_as_no_try(outcome: str, error_type: str | None) -> None:
+    """It says nothing of the model: that is called again, however often it happened, and other failures still count."""
+    fields = {"model_id": "1", "provider": "a", "tier": "cheap", "outcome": outcome, "error_type": error_type}
+    ended = seen_before(Attempt(**fields, latency_ms=0), Registry([A1, B1]))
+    overloaded = Failure(A1, OverloadedError("words"))
+    assert decide([A1], [ended] * 9) == NextCall(A1, 0.0)
+    assert decide([A1, B1], [overloaded, ended, overloaded]) == NextCall(B1, 0.0)
+    assert decide([A1], [overloaded, ended, overloaded]) is None
+
+
 def test_an_attempt_on_a_model_that_is_gone_is_still_an_attempt() -> None:
     """The configuration may have changed since; the budget has not."""
     attempt = Attempt(

@@ -1,15 +1,25 @@
 import asyncio
 import gzip
 import socket
+import ssl
+import subprocess
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from attune_worker.errors import MalformedAnswerError, ProviderConnectionError, ProviderError, ProviderTimeoutError
+from attune_worker.errors import (
+    MalformedAnswerError,
+    ProviderConnectionError,
+    ProviderError,
+    ProviderTimeoutError,
+    StoppedError,
+)
+from attune_worker.interruption import Interruption
 from attune_worker.providers.base import HttpRequest, HttpResponse
 from attune_worker.providers.http import HttpSender
 from attune_worker.sections import HttpSettings
@@ -226,3 +236,200 @@ def test_wrong_header_value_is_an_error_without_the_key() -> None:
     with pytest.raises(ProviderError) as caught:
         HttpSender(SETTINGS).send(message, 1)
     assert KEY not in str(caught.value)
+
+
+WITHIN_SECONDS = 1.0
+"""How soon after the stop the connection is closed."""
+
+
+def stopped_while(sender: HttpSender, url: str, reached: threading.Event) -> float:
+    """Stop a call once ``reached``, and return how long the call still took."""
+    interruption = Interruption()
+    ended: list[float] = []
+
+    def call() -> None:
+        with pytest.raises(StoppedError, match="cancelled"):
+            sender.send(HttpRequest(url, {}, b"{}"), 30, interruption)
+        ended.append(time.monotonic())
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert reached.wait(10)
+    stopped = time.monotonic()
+    interruption.stop("cancelled")
+    thread.join(20)
+    return ended[0] - stopped
+
+
+def hung_up(connection: socket.socket) -> bool:
+    """Whether the client closes its side, within seconds."""
+    connection.settimeout(10)
+    with suppress(ConnectionResetError):
+        while connection.recv(65536):
+            pass
+    return True
+
+
+ANSWERS_BEGUN = {
+    "nothing": b"",
+    "headers": b"HTTP/1.1 200 OK\r\nX-Half: ",
+    "body": b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{",
+    "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
+    "until the end": b"HTTP/1.1 200 OK\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("begun", ANSWERS_BEGUN.values(), ids=ANSWERS_BEGUN.keys())
+def test_call_that_is_stopped_ends_at_once(raw_server: Any, begun: bytes) -> None:
+    """Whatever has arrived: also where the end of the connection would be the end of the answer."""
+    reached, gone = threading.Event(), threading.Event()
+
+    def script(connection: socket.socket) -> None:
+        connection.sendall(begun)
+        threading.Event().wait(0.05)  # until the thread waits for more
+        reached.set()
+        if hung_up(connection):
+            gone.set()
+
+    assert stopped_while(HttpSender(SETTINGS), raw_server(script).url, reached) < WITHIN_SECONDS
+    assert gone.wait(WITHIN_SECONDS)
+
+
+def test_call_that_is_stopped_while_the_answer_drips_ends_at_once(raw_server: Any) -> None:
+    """Each drop wakes the reader, and none of them keeps the connection."""
+    reached = threading.Event()
+
+    def script(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n")
+        for drop in range(300):
+            connection.sendall(b"x")
+            if drop == 3:
+                reached.set()
+            threading.Event().wait(0.02)
+
+    assert stopped_while(HttpSender(SETTINGS), raw_server(script).url, reached) < WITHIN_SECONDS
+
+
+def test_call_that_was_stopped_before_is_not_sent(raw_server: Any) -> None:
+    """It would cost money for nothing."""
+    server = raw_server(answers(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"))
+    interruption = Interruption()
+    interruption.stop("cancelled")
+    with pytest.raises(StoppedError):
+        HttpSender(SETTINGS).send(HttpRequest(server.url, {}, b"{}"), 10, interruption)
+    assert server.received == []
+
+
+def test_call_goes_on_when_the_job_only_winds_down(raw_server: Any) -> None:
+    """Its answer is paid for; an error stays the error that it is."""
+    interruption = Interruption()
+    interruption.wind_down("the worker ends")
+    sender = HttpSender(SETTINGS)
+    server = raw_server(answers(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"))
+    assert sender.send(HttpRequest(server.url, {}, b"{}"), 10, interruption).body == b"{}"
+    with pytest.raises(ProviderConnectionError):
+        sender.send(HttpRequest(raw_server(answers(b"")).url, {}, b"{}"), 10, interruption)
+
+
+def test_stop_never_hits_the_next_call_of_the_thread(raw_server: Any) -> None:
+    """Hundreds of calls, each stopped at about the moment it ends, and after each one that nobody stopped."""
+
+    def script(connection: socket.socket) -> None:
+        while True:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            if not connection.recv(65536):
+                return
+
+    server = raw_server(script)
+    sender = HttpSender(SETTINGS)
+    request = HttpRequest(server.url, {}, b"{}")
+    ends: set[str] = set()
+    for turn in range(300):
+        interruption = Interruption()
+        stopping = threading.Timer(turn % 20 * 0.0001, interruption.stop, ["cancelled"])
+        stopping.start()
+        try:
+            assert sender.send(request, 10, interruption).body == b"{}"
+            ends.add("answered")
+        except StoppedError:
+            ends.add("stopped")
+        assert sender.send(request, 10).body == b"{}"
+        stopping.join()
+    assert ends == {"answered", "stopped"}
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Return a function that serves one connection over TLS, with a certificate that is trusted here."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    what = ["-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-days", "2", *what, "-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    threads: list[threading.Thread] = []
+    listeners: list[socket.socket] = []
+
+    def start(script: Callable[[socket.socket], None]) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+
+        def serve() -> None:
+            with suppress(OSError):
+                connection, _ = listener.accept()
+                with context.wrap_socket(connection, server_side=True) as secured:
+                    script(secured)
+
+        threads.append(threading.Thread(target=serve))
+        threads[-1].start()
+        return f"https://localhost:{listener.getsockname()[1]}"
+
+    yield start
+    for listener in listeners:
+        listener.close()
+    for thread in threads:
+        thread.join(10)
+
+
+@pytest.mark.parametrize("begun", ANSWERS_BEGUN.values(), ids=ANSWERS_BEGUN.keys())
+def test_call_over_tls_that_is_stopped_ends_at_once(tls_server: Callable[..., str], begun: bytes) -> None:
+    """The thread that reads may be anywhere in the TLS library."""
+    reached, gone = threading.Event(), threading.Event()
+
+    def script(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(begun)
+        threading.Event().wait(0.05)
+        reached.set()
+        with suppress(OSError):
+            hung_up(connection)
+        gone.set()
+
+    assert stopped_while(HttpSender(SETTINGS), tls_server(script), reached) < WITHIN_SECONDS
+    assert gone.wait(WITHIN_SECONDS)
+
+
+def test_tls_handshake_that_is_stopped_ends_at_once() -> None:
+    """A server that accepts and then says nothing is silent before the request as well."""
+    settings = HttpSettings(connect_timeout_seconds=30)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        reached = threading.Event()
+        gone: list[bool] = []
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1)  # the client's hello has arrived: it waits for ours
+                reached.set()
+                gone.append(hung_up(connection))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"https://localhost:{listener.getsockname()[1]}"
+        assert stopped_while(HttpSender(settings), url, reached) < WITHIN_SECONDS
+        thread.join(10)
+    assert gone == [True]

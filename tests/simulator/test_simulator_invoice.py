@@ -57,6 +57,16 @@ def test_a_line_names_the_call(simulate):
     }
 
 
+@pytest.mark.parametrize("wire", ["anthropic", "openai"])
+def test_a_line_has_the_callers_own_id(simulate, wire):
+    """Sent as x-client-request-id; a caller without one has none on its line."""
+    caller = simulate()
+    keys = {"x-api-key": "key", "authorization": "Bearer key", "anthropic-version": "2023-06-01"}
+    caller.ask(wire, headers={**keys, "X-Client-Request-Id": "call-7"})
+    caller.ask(wire)
+    assert [line["client_request_id"] for line in caller.invoice()["calls"]] == ["call-7", None]
+
+
 def test_the_summary_leaves_the_calls_out(simulate):
     """A long invoice can be read by its totals."""
     caller = simulate()

@@ -8,8 +8,10 @@ import pytest
 from redis import Redis
 from redis.cluster import RedisCluster
 
+from attune_worker.settings import Settings
 from attune_worker.simulator import Simulator
 from attune_worker.store.embedded import EmbeddedRedis
+from attune_worker.store.keys import JobKeys
 from tests.cluster import LocalCluster, local_cluster
 
 
@@ -47,3 +49,27 @@ def redis(redis_server: EmbeddedRedis, local_cluster_or_none: LocalCluster | Non
     client = local_cluster_or_none.client() if local_cluster_or_none else Redis.from_url(redis_server.url)
     with client:
         yield client
+
+
+@pytest.fixture
+def keys(settings: Settings) -> Callable[[str], JobKeys]:
+    """Return a function that names the keys of a job."""
+    return lambda job_id: JobKeys.of(settings.namespace, job_id)
+
+
+@pytest.fixture
+def heard(settings: Settings, redis: Redis) -> Iterator[Callable[[], list[bytes]]]:
+    """Listen on a channel, the namespace, and return a function that reads what was said there so far."""
+    with redis.pubsub(ignore_subscribe_messages=True) as listener:
+        listener.subscribe(settings.namespace)
+        assert listener.get_message(timeout=5) is None
+
+        def read() -> list[bytes]:
+            redis.publish(settings.namespace, "end of what was said")
+            messages: list[bytes] = []
+            while b"end of what was said" not in messages:
+                if message := listener.get_message(timeout=5):
+                    messages.append(message["data"])
+            return messages[:-1]
+
+        yield read

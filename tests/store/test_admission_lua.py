@@ -259,9 +259,9 @@ def test_settlement_after_its_intent_is_gone_is_charged_in_full(
 
 def settle_late(admission: Admission, taken: Permit, outcome: Outcome, seconds: float) -> None:
     """Write a settlement of a call that ended so long ago, as the backlog does after an outage."""
-    keys, text = admission._wire.settle(taken, outcome, admission._now_ms())
+    keys, (text, record) = admission._wire.settle(taken, outcome, admission._now_ms())
     told = json.loads(text)
-    admission._write((keys, json.dumps({**told, "ended_ms": told["ended_ms"] - round(seconds * 1000)})))
+    admission._write((keys, (json.dumps({**told, "ended_ms": told["ended_ms"] - round(seconds * 1000)}), record)))
 
 
 def never_asked(request: Request) -> Permit:

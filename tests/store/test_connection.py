@@ -48,7 +48,7 @@ def inbox(settings: Settings) -> Iterator[Inbox]:
 
 
 def finish(records: Records, job_id: str) -> None:
-    claim = records.claim(job_id, "worker", 60)
+    claim = records.claim(job_id, "worker", "lease-1")
     assert isinstance(claim, Claim)
     records.finish(claim.fence, JobResult(job_id=job_id, status=JobStatus.SUCCEEDED))
 

@@ -12,7 +12,7 @@ from attune_worker.store.due import BATCH, Due, DueJobs
 from attune_worker.store.keys import SHARDS, FleetKeys, JobKeys, new_job_id, shard_of
 from attune_worker.store.records import Claim, Records
 
-LEASE_SECONDS = 60.0
+LEASE = "lease-1"
 AT_ONCE = 0.001
 
 
@@ -27,7 +27,7 @@ def put_back(records: Records, wait_seconds: float, **fields: Any) -> str:
     job_id = new_job_id()
     job = Job.parse({"task_type": "summarize", "prompt": "a prompt", **fields})
     records.accept([(job_id, job, job.to_json())])
-    claim = records.claim(job_id, "worker-1", LEASE_SECONDS)
+    claim = records.claim(job_id, "worker-1", LEASE)
     assert isinstance(claim, Claim)
     assert records.put_back(job_id, claim.fence, wait_seconds, "busy", ())
     return job_id
@@ -67,7 +67,7 @@ def test_lost_wake_up_is_sent_again_until_the_job_is_claimed(records: Records, d
     job_id = put_back(records, AT_ONCE)
     for _ in range(3):
         assert taken(due_jobs, until, 1, resend_seconds=0.02) == {job_id: 5}
-    assert isinstance(records.claim(job_id, "worker-2", LEASE_SECONDS), Claim)
+    assert isinstance(records.claim(job_id, "worker-2", LEASE), Claim)
     assert due_jobs.take() == Due((), 0)
 
 
@@ -113,7 +113,7 @@ def test_what_does_not_wait_is_removed(
     keys = JobKeys.of(settings.namespace, job_id)
     elsewhere = next(name for name in map(str, range(99)) if shard_of(name) != shard_of(job_id))
     ended = next(name for name in map(str, range(99)) if shard_of(name) == shard_of(job_id))
-    redis.zadd(keys.due, {b"\xff\xfe": 1, elsewhere: 1, ended: "-inf"})
+    redis.zadd(keys.due, {b"\xff\xfe": 1, elsewhere: -1, ended: 0})
     assert taken(due_jobs, until, 1) == {job_id: 5}
     assert redis.zrange(keys.due, 0, -1) == [job_id.encode()]
 
@@ -128,6 +128,48 @@ def test_foreign_key_in_an_index_s_place_is_replaced(
     redis.set(JobKeys.of(settings.namespace, job_id).due, "text", ex=60)
     later = put_back(records, AT_ONCE)
     assert taken(due_jobs, until, 1) == {later: 5}
+
+
+def expired(records: Records, job_id: str) -> bool:
+    return records.read([job_id])[0].status is JobStatus.EXPIRED
+
+
+def test_jobs_past_their_deadline_end_without_a_worker(
+    records: Records, due_jobs: DueJobs, settings: Settings, redis: Redis, until: Any
+) -> None:
+    """Queued or waiting, whoever waits for it hears of it then; no wake-up is sent for it."""
+    queued, later = new_job_id(), new_job_id()
+    for job_id, seconds in [(queued, 0.03), (later, 600)]:
+        job = Job.parse({"task_type": "summarize", "prompt": "a prompt", "deadline_seconds": seconds})
+        records.accept([(job_id, job, job.to_json())])
+    waiting = put_back(records, 60.0, deadline_seconds=0.2)
+    found: list[tuple[str, int]] = []
+    until(lambda: found.extend(due_jobs.take().jobs) or (expired(records, queued) and expired(records, waiting)))
+    assert found == []
+    assert records.read([later])[0].status is JobStatus.QUEUED
+    for job_id in (queued, waiting):
+        keys = JobKeys.of(settings.namespace, job_id)
+        assert redis.zscore(keys.due, job_id) is redis.zscore(keys.queued, job_id) is None
+        assert redis.zscore(keys.ended, job_id) is not None
+    assert due_jobs.take() == Due((), 0)
+
+
+def test_deadline_that_is_not_yet_over_stays(
+    records: Records, due_jobs: DueJobs, settings: Settings, redis: Redis
+) -> None:
+    """Whatever made the sweeper look too early; and without a deadline, a queued job has no place there."""
+    job_id, without = new_job_id(), new_job_id()
+    for each, seconds in [(job_id, 600), (without, None)]:
+        job = Job.parse({"task_type": "summarize", "prompt": "a prompt", "deadline_seconds": seconds})
+        records.accept([(each, job, job.to_json())])
+    keys, others = JobKeys.of(settings.namespace, job_id), JobKeys.of(settings.namespace, without)
+    before = redis.zscore(keys.due, job_id)
+    redis.zadd(keys.due, {job_id: 1})
+    redis.zadd(others.due, {without: 1})
+    assert due_jobs.take().jobs == []
+    assert redis.zscore(keys.due, job_id) == before
+    assert redis.zscore(others.due, without) is None
+    assert records.read([job_id])[0].status is JobStatus.QUEUED
 
 
 def test_flood_of_due_jobs_comes_in_batches(due_jobs: DueJobs, settings: Settings, redis: Redis) -> None:

@@ -9,6 +9,7 @@ from attune_worker.store.keys import (
     JobKeys,
     idempotent_job_id,
     inbox,
+    job_in,
     new_job_id,
     part,
     shard_of,
@@ -21,8 +22,7 @@ namespaces = st.text("abcXYZ019_.-", min_size=1, max_size=64)
 
 
 def every_key(namespace: str, job_id: str) -> list[str]:
-    keys = JobKeys.of(namespace, job_id)
-    return [keys.record, keys.queued, keys.running, keys.due, keys.waiters]
+    return list(JobKeys.of(namespace, job_id).all)
 
 
 def slot(key: str) -> int:
@@ -40,7 +40,7 @@ def test_keys_of_a_job_are_in_one_slot(namespace: str, job_id: str) -> None:
 @given(namespaces, job_ids, job_ids)
 def test_keys_of_different_kinds_never_collide(namespace: str, one: str, other: str) -> None:
     """No id, however odd, may name another job's record, its waiters, or an index."""
-    assert len(set(every_key(namespace, one))) == 5
+    assert len(set(every_key(namespace, one))) == 7
     if one != other:
         first, second = JobKeys.of(namespace, one), JobKeys.of(namespace, other)
         own, others = {first.record, first.waiters}, set(every_key(namespace, other))
@@ -90,6 +90,16 @@ def test_the_shards_are_those_of_all_jobs() -> None:
     found = {JobKeys.of("ns", f"job-{number}").due for number in range(1000)}
     assert {shard.due for shard in shards("ns")} == found
     assert len(shards("ns")) == SHARDS
+
+
+@given(namespaces, job_ids)
+def test_entry_of_an_index_names_a_job_of_its_shard(namespace: str, job_id: str) -> None:
+    """What somebody else wrote there, or a job of another shard, is none."""
+    raw = job_id.encode(errors="surrogatepass")
+    found = {shard.queued: job_in(shard, raw) for shard in shards(namespace)}
+    assert found.pop(JobKeys.of(namespace, job_id).queued) == job_id
+    assert set(found.values()) == {None}
+    assert {job_in(shard, b"\xff\xfe") for shard in shards(namespace)} == {None}
 
 
 odd_names = st.text(max_size=30) | st.sampled_from(

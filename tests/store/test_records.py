@@ -2,94 +2,32 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
 import pytest
 from redis import Redis
 
-from attune_worker.errors import ConfigurationError, JobNotFoundError, ServiceUnavailableError
-from attune_worker.jobs import Attempt, Job, JobError, JobResult, JobStatus, ModelTier
+from attune_worker.errors import ConfigurationError, InvalidJobError, JobNotFoundError, ServiceUnavailableError
+from attune_worker.jobs import JobError, JobStatus
 from attune_worker.settings import Settings
-from attune_worker.store.keys import JobKeys, idempotent_job_id, new_job_id
-from attune_worker.store.records import WAITER_SECONDS, Claim, Records
-
-RETENTION_SECONDS = 86_400
-LEASE_SECONDS = 60.0
-
-
-@pytest.fixture
-def keys(settings: Settings) -> Callable[[str], JobKeys]:
-    return lambda job_id: JobKeys.of(settings.namespace, job_id)
-
-
-@pytest.fixture
-def heard(settings: Settings, redis: Redis) -> Iterator[Callable[[], list[bytes]]]:
-    """Listen on a channel, and return a function that reads what was said there so far."""
-    with redis.pubsub(ignore_subscribe_messages=True) as listener:
-        listener.subscribe(settings.namespace)
-        assert listener.get_message(timeout=5) is None
-
-        def read() -> list[bytes]:
-            redis.publish(settings.namespace, "end of what was said")
-            messages: list[bytes] = []
-            while b"end of what was said" not in messages:
-                if message := listener.get_message(timeout=5):
-                    messages.append(message["data"])
-            return messages[:-1]
-
-        yield read
-
-
-def new_job(**fields: Any) -> tuple[str, Job, str]:
-    job = Job.parse({"task_type": "summarize", "prompt": "a prompt", **fields})
-    return new_job_id(), job, job.to_json()
-
-
-def accepted(records: Records, **fields: Any) -> str:
-    job = new_job(**fields)
-    records.accept([job])
-    return job[0]
-
-
-def claimed(records: Records, job_id: str, owner: str = "worker-1", lease_seconds: float = LEASE_SECONDS) -> Claim:
-    claim = records.claim(job_id, owner, lease_seconds)
-    assert isinstance(claim, Claim)
-    return claim
-
-
-def end(job_id: str, status: JobStatus = JobStatus.SUCCEEDED, **fields: Any) -> JobResult:
-    return JobResult(job_id=job_id, status=status, **fields)
-
-
-def call(cost_usd: str | None = "0.25", **fields: Any) -> Attempt:
-    known = {"model_id": "m", "provider": "p", "tier": ModelTier.CHEAP, "outcome": "failed", "latency_ms": 7}
-    return Attempt(**{**known, "cost_usd": cost_usd and Decimal(cost_usd), **fields})
-
-
-def waiting(records: Records, wait_seconds: float = 60.0, *attempts: Attempt, **fields: Any) -> str:
-    job_id = accepted(records, **fields)
-    assert records.put_back(job_id, claimed(records, job_id).fence, wait_seconds, "p is busy", attempts)
-    return job_id
-
-
-def redis_now_ms(redis: Redis) -> int:
-    seconds, micros = redis.time()
-    return int(seconds * 1000 + micros // 1000)
-
-
-def wait_on_the_clock_of_redis(redis: Redis, until_ms: int) -> None:
-    while redis_now_ms(redis) < until_ms:
-        pass
-
-
-def status_of(records: Records, job_id: str) -> JobStatus:
-    return records.read([job_id])[0].status
-
-
-def in_indexes(redis: Redis, keys: JobKeys, job_id: str) -> tuple[bool, bool]:
-    return redis.zscore(keys.queued, job_id) is not None, redis.zscore(keys.running, job_id) is not None
+from attune_worker.store.keys import idempotent_job_id
+from attune_worker.store.records import WAITER_SECONDS, Claim, Finish, Records
+from tests.store.job_lab import (
+    LEASE,
+    RETENTION_SECONDS,
+    accepted,
+    call,
+    claimed,
+    end,
+    indexes_of,
+    new_job,
+    redis_now_ms,
+    status_of,
+    wait_on_the_clock_of_redis,
+    waiting,
+)
 
 
 def test_accepted_job_is_queued_and_does_not_expire(records: Records, redis: Redis, keys: Any) -> None:
@@ -103,7 +41,7 @@ def test_accepted_job_is_queued_and_does_not_expire(records: Records, redis: Red
     assert before <= int(written[b"accepted_ms"]) <= redis_now_ms(redis)
     assert redis.zscore(keys(job_id).queued, job_id) == int(written[b"accepted_ms"])
     assert redis.ttl(keys(job_id).record) == -1
-    assert in_indexes(redis, keys(job_id), job_id) == (True, False)
+    assert indexes_of(redis, keys(job_id), job_id) == {"queued"}
 
 
 def test_accepting_again_changes_nothing_and_wakes_again(records: Records, redis: Redis, keys: Any) -> None:
@@ -159,8 +97,9 @@ def test_claim_hands_out_the_job_with_a_fence(records: Records, redis: Redis, ke
     assert claim.remaining_seconds is not None
     assert 40 < claim.remaining_seconds <= 100
     assert status_of(records, job_id) is JobStatus.RUNNING
-    assert in_indexes(redis, keys(job_id), job_id) == (False, True)
-    assert redis.zscore(keys(job_id).running, job_id) == claim.claimed_ms + LEASE_SECONDS * 1000
+    assert indexes_of(redis, keys(job_id), job_id) == {"running"}
+    assert redis.hget(keys(job_id).running, job_id) == LEASE.encode()
+    assert records.read([job_id])[0].worker == LEASE
     assert redis.ttl(keys(job_id).record) == -1
 
 
@@ -173,7 +112,7 @@ def test_second_wake_up_finds_nothing_to_do(records: Records) -> None:
     """A doubled message must not run the job twice."""
     job_id = accepted(records)
     claimed(records, job_id, "worker-1")
-    assert records.claim(job_id, "worker-2", LEASE_SECONDS) is JobStatus.RUNNING
+    assert records.claim(job_id, "worker-2", LEASE) is JobStatus.RUNNING
     assert records.read([job_id])[0].attempts == 1
 
 
@@ -186,37 +125,18 @@ def test_same_owner_may_claim_again(records: Records) -> None:
     assert records.read([job_id])[0].attempts == 1
 
 
-def test_job_whose_lease_ran_out_is_taken_over(records: Records, redis: Redis, keys: Any) -> None:
-    """The worker that died is fenced off: its late end does not count."""
-    job = new_job()
-    records.accept([job])
-    dead = claimed(records, job[0], "worker-1", lease_seconds=0.02)
-    wait_on_the_clock_of_redis(redis, dead.claimed_ms + 21)
-    assert records.accept([job])[0].wake
-    taken = claimed(records, job[0], "worker-2")
-    assert taken.fence > dead.fence
-    assert records.finish(dead.fence, end(job[0], content="late")) is False
-    assert status_of(records, job[0]) is JobStatus.RUNNING
-    assert records.finish(taken.fence, end(job[0], content="in time")) is True
-    assert records.read([job[0]])[0].to_result().content == "in time"
-    assert records.finish(dead.fence, end(job[0], content="late")) is False
-    assert in_indexes(redis, keys(job[0]), job[0]) == (False, False)
-
-
-@pytest.mark.parametrize("abandoned", [False, True])
-def test_job_past_its_deadline_is_not_started(records: Records, redis: Redis, keys: Any, abandoned: bool) -> None:
+def test_job_past_its_deadline_is_not_started(records: Records, redis: Redis, keys: Any) -> None:
     """An answer that nobody waits for any more is not paid for."""
     job_id = accepted(records, deadline_seconds=0.03)
-    if abandoned:
-        claimed(records, job_id, lease_seconds=0.001)
-    accepted_ms = records.read([job_id])[0].accepted_ms or 0
-    wait_on_the_clock_of_redis(redis, accepted_ms + 31)
-    assert records.claim(job_id, "worker-2", LEASE_SECONDS) is JobStatus.EXPIRED
+    record = records.read([job_id])[0]
+    assert record.deadline_ms == (record.accepted_ms or 0) + 30
+    assert indexes_of(redis, keys(job_id), job_id) == {"queued", "due"}
+    wait_on_the_clock_of_redis(redis, record.deadline_ms + 1)
+    assert records.claim(job_id, "worker-2", LEASE) is JobStatus.EXPIRED
     result = records.read([job_id])[0].to_result()
     assert result.status is JobStatus.EXPIRED
-    assert result.error is not None
-    assert result.error.type == "deadline_exceeded"
-    assert in_indexes(redis, keys(job_id), job_id) == (False, False)
+    assert result.error == JobError(type="deadline_exceeded", message="the deadline passed before it started")
+    assert indexes_of(redis, keys(job_id), job_id) == {"ended"}
     assert 0 < redis.ttl(keys(job_id).record) <= RETENTION_SECONDS
 
 
@@ -232,13 +152,13 @@ def test_end_is_kept_for_the_retention_time(records: Records, redis: Redis, keys
     job_id = accepted(records)
     claim = claimed(records, job_id)
     result = end(job_id, status, cost_usd=Decimal("0.000000001"), error=JobError(type="t", message="m"))
-    assert records.finish(claim.fence, result)
+    assert records.finish(claim.fence, result) is Finish.WRITTEN
     record = records.read([job_id])[0]
     assert record.to_result() == result
     assert record.ended_ms is not None
     assert record.started_ms == claim.claimed_ms
     assert RETENTION_SECONDS - 60 < redis.ttl(keys(job_id).record) <= RETENTION_SECONDS
-    assert in_indexes(redis, keys(job_id), job_id) == (False, False)
+    assert indexes_of(redis, keys(job_id), job_id) == {"ended"}
 
 
 def test_prompt_is_dropped_after_success_only(records: Records, redis: Redis, keys: Any) -> None:
@@ -253,9 +173,9 @@ def test_same_end_again_is_confirmed_and_another_end_is_not(records: Records) ->
     """An end whose answer was lost is repeated; the first end stands."""
     job_id = accepted(records)
     claim = claimed(records, job_id)
-    assert records.finish(claim.fence, end(job_id, content="first"))
-    assert records.finish(claim.fence, end(job_id, content="first"))
-    assert records.finish(claim.fence, end(job_id, JobStatus.FAILED)) is False
+    assert records.finish(claim.fence, end(job_id, content="first")) is Finish.WRITTEN
+    assert records.finish(claim.fence, end(job_id, content="first")) is Finish.WRITTEN
+    assert records.finish(claim.fence, end(job_id, JobStatus.FAILED)) is Finish.STALE
     assert records.read([job_id])[0].to_result().content == "first"
 
 
@@ -264,14 +184,14 @@ def test_stale_fence_ends_nothing(records: Records, fence: int) -> None:
     """Only the holder of the current claim may write the end."""
     job_id = accepted(records)
     claimed(records, job_id)
-    assert records.finish(fence, end(job_id)) is False
+    assert records.finish(fence, end(job_id)) is Finish.STALE
     assert status_of(records, job_id) is JobStatus.RUNNING
 
 
 def test_job_that_is_gone_cannot_be_finished_or_claimed(records: Records, redis: Redis, settings: Settings) -> None:
     """After the retention time, nothing may write half a record back."""
-    assert records.finish(1, end("gone")) is False
-    assert records.claim("gone", "worker-1", LEASE_SECONDS) is JobStatus.UNKNOWN
+    assert records.finish(1, end("gone")) is Finish.STALE
+    assert records.claim("gone", "worker-1", LEASE) is JobStatus.UNKNOWN
     assert records.cancel("gone") is JobStatus.UNKNOWN
     assert records.watch(["gone"], "channel")[0].status is JobStatus.UNKNOWN
     assert list(redis.scan_iter(f"*{settings.namespace}*")) == []
@@ -284,21 +204,64 @@ def test_queued_job_can_be_cancelled(records: Records, redis: Redis, keys: Any) 
     job_id = accepted(records)
     assert records.cancel(job_id) is JobStatus.CANCELLED
     assert records.cancel(job_id) is JobStatus.CANCELLED
-    assert records.claim(job_id, "worker-1", LEASE_SECONDS) is JobStatus.CANCELLED
+    assert records.claim(job_id, "worker-1", LEASE) is JobStatus.CANCELLED
     result = records.read([job_id])[0].to_result()
     assert result.error is not None
     assert (result.status, result.error.type) == (JobStatus.CANCELLED, "cancelled")
-    assert in_indexes(redis, keys(job_id), job_id) == (False, False)
+    assert indexes_of(redis, keys(job_id), job_id) == {"ended"}
     assert 0 < redis.ttl(keys(job_id).record) <= RETENTION_SECONDS
 
 
-def test_running_job_goes_on_when_cancelled(records: Records) -> None:
-    """Its call is under way and will be charged, so its answer is kept."""
+def test_running_job_that_is_cancelled_ends_so_whatever_happens(
+    records: Records, redis: Redis, settings: Settings, keys: Any, heard: Any
+) -> None:
+    """Its worker is told, each time it is asked for, and no other end is taken from then on."""
+    job_id = accepted(records, metadata={"a": 1})
+    claim = claimed(records, job_id, channel=settings.namespace)
+    assert records.cancelled([job_id]) == set()
+    assert records.cancel(job_id) is records.cancel(job_id) is JobStatus.CANCELLED
+    assert heard() == [job_id.encode()] * 2
+    assert status_of(records, job_id) is JobStatus.RUNNING
+    assert records.cancelled([job_id, accepted(records), "nobody"]) == {job_id}
+    for status in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.EXPIRED):
+        assert records.finish(claim.fence, end(job_id, status)) is Finish.CANCELLED
+    assert records.read([job_id])[0].result is None
+    result = end(job_id, JobStatus.CANCELLED, cost_usd=Decimal("0.5"), attempts=(call("0.5"),))
+    assert records.finish(claim.fence, result) is Finish.WRITTEN
+    assert records.read([job_id])[0].to_result() == result
+    assert records.cancel(job_id) is JobStatus.CANCELLED
+    assert heard() == []
+    assert indexes_of(redis, keys(job_id), job_id) == {"ended"}
+
+
+def test_running_job_that_is_cancelled_cannot_wait(records: Records, redis: Redis, keys: Any) -> None:
+    """It ends where it would have been put back, with what it has cost so far."""
     job_id = accepted(records)
     claim = claimed(records, job_id)
-    assert records.cancel(job_id) is JobStatus.RUNNING
-    assert records.finish(claim.fence, end(job_id, content="done"))
+    records.cancel(job_id)
+    for _ in range(2):
+        assert records.put_back(job_id, claim.fence, 60.0, "busy", (call("0.5"),)) is False
+    result = records.read([job_id])[0].to_result()
+    assert result.error == JobError(type="cancelled", message="cancelled while it ran")
+    assert (result.status, result.cost_usd, result.attempts) == (JobStatus.CANCELLED, Decimal("0.5"), (call("0.5"),))
+    assert indexes_of(redis, keys(job_id), job_id) == {"ended"}
+
+
+def test_worker_that_has_put_a_job_back_hears_no_more_of_it(records: Records, settings: Settings, heard: Any) -> None:
+    """The job is not its own any more, so there is nothing to stop."""
+    job_id = accepted(records)
+    claim = claimed(records, job_id, channel=settings.namespace)
+    records.put_back(job_id, claim.fence, 60.0, "busy", ())
+    records.cancel(job_id)
+    assert heard() == []
+
+
+def test_ended_job_is_not_cancelled(records: Records) -> None:
+    """The answer says how it ended instead."""
+    job_id = accepted(records)
+    assert records.finish(claimed(records, job_id).fence, end(job_id)) is Finish.WRITTEN
     assert records.cancel(job_id) is JobStatus.SUCCEEDED
+    assert records.cancelled([job_id]) == set()
 
 
 def test_job_that_was_put_back_goes_on_elsewhere(records: Records, redis: Redis, keys: Any) -> None:
@@ -312,7 +275,7 @@ def test_job_that_was_put_back_goes_on_elsewhere(records: Records, redis: Redis,
     assert redis.zscore(keys(job_id).due, job_id) == record.due_ms
     assert first.claimed_ms + 60_000 <= (record.due_ms or 0) <= redis_now_ms(redis) + 60_000
     assert 50 < (records.due_in_seconds(job_id) or 0) <= 60
-    assert in_indexes(redis, keys(job_id), job_id) == (False, False)
+    assert indexes_of(redis, keys(job_id), job_id) == {"due"}
     assert redis.ttl(keys(job_id).record) == -1
 
     second = claimed(records, job_id, "worker-2")
@@ -321,8 +284,8 @@ def test_job_that_was_put_back_goes_on_elsewhere(records: Records, redis: Redis,
     assert second.queue_ms == first.queue_ms
     assert redis.zscore(keys(job_id).due, job_id) is None
     assert records.due_in_seconds(job_id) is None
-    assert records.finish(first.fence, end(job_id, content="late")) is False
-    assert records.finish(second.fence, end(job_id))
+    assert records.finish(first.fence, end(job_id, content="late")) is Finish.STALE
+    assert records.finish(second.fence, end(job_id)) is Finish.WRITTEN
     record = records.read([job_id])[0]
     assert (record.attempts, record.started_ms, record.progress) == (2, first.claimed_ms, ())
 
@@ -350,7 +313,7 @@ def test_waiting_job_expires_at_its_deadline(records: Records, redis: Redis, key
     record = records.read([job_id])[0]
     assert record.due_ms == (record.accepted_ms or 0) + 100_000
     redis.hset(keys(job_id).record, "deadline_ms", redis_now_ms(redis))
-    assert records.claim(job_id, "worker-2", LEASE_SECONDS) is JobStatus.EXPIRED
+    assert records.claim(job_id, "worker-2", LEASE) is JobStatus.EXPIRED
     result = records.read([job_id])[0].to_result()
     assert result.error == JobError(type="deadline_exceeded", message="the deadline passed while it waited: p is busy")
     assert (result.status, result.cost_usd, result.attempts) == (JobStatus.EXPIRED, Decimal("0.25"), (call(),))
@@ -363,7 +326,7 @@ def test_waiting_job_can_be_cancelled(records: Records, redis: Redis, keys: Any)
     """It goes on nowhere; what it has cost so far is in its result."""
     job_id = waiting(records, 60.0, call("0.5"), call("0.25"))
     assert records.cancel(job_id) is JobStatus.CANCELLED
-    assert records.claim(job_id, "worker-2", LEASE_SECONDS) is JobStatus.CANCELLED
+    assert records.claim(job_id, "worker-2", LEASE) is JobStatus.CANCELLED
     result = records.read([job_id])[0].to_result()
     assert result.error == JobError(type="cancelled", message="cancelled while it waited: p is busy")
     assert (result.cost_usd, len(result.attempts)) == (Decimal("0.75"), 2)
@@ -394,17 +357,6 @@ def test_waiting_job_is_woken_by_submission_only_when_overdue(records: Records, 
     assert records.accept([job])[0].wake is True
 
 
-def test_job_of_a_lost_worker_expires_with_those_words(records: Records, redis: Redis, keys: Any) -> None:
-    """It did start, so its end does not claim that it had not."""
-    job_id = accepted(records, deadline_seconds=100)
-    claimed(records, job_id)
-    redis.hset(keys(job_id).record, mapping={"deadline_ms": redis_now_ms(redis), "lease_ms": 0})
-    records.claim(job_id, "worker-2", LEASE_SECONDS)
-    error = records.read([job_id])[0].to_result().error
-    assert error is not None
-    assert error.message == "the deadline passed after the worker that ran it was lost"
-
-
 def test_foreign_values_count_as_missing(records: Records, redis: Redis, keys: Any) -> None:
     """Whoever else writes to our keys may cost a job its history, and never its life."""
     job_id = accepted(records)
@@ -417,12 +369,34 @@ def test_foreign_values_count_as_missing(records: Records, redis: Redis, keys: A
     redis.hset(names.record, mapping={"progress": '[{"x":', "due_ms": "soon", "started_ms": "\xff", "attempts": "x"})
     record = records.read([job_id])[0]
     assert (record.status, record.progress, record.due_ms, record.attempts) == (JobStatus.WAITING, (), None, 0)
-    redis.hset(names.record, "attempts", 1)
-    assert claimed(records, job_id, "worker-2").attempts == ()
+    again = claimed(records, job_id, "worker-2")
+    assert (again.attempts, again.fence) == ((), claim.fence + 1)
+    redis.hset(names.record, mapping={"fence": "x", "crashes": "y", "deadline_ms": "z", "lost": "\xff"})
+    assert records.take_over(job_id, LEASE, (), "lost") is JobStatus.WAITING
+    third = claimed(records, job_id, "worker-3")
+    assert third.fence > again.fence
+    assert third.crashes == 1
     redis.hset(names.record, "state", "dancing")
     assert status_of(records, job_id) is JobStatus.UNKNOWN
-    assert records.claim(job_id, "worker-3", LEASE_SECONDS) is JobStatus.UNKNOWN
+    assert records.claim(job_id, "worker-4", LEASE) is JobStatus.UNKNOWN
     assert records.cancel(job_id) is JobStatus.UNKNOWN
+    assert records.take_over(job_id, LEASE, (), "lost") is None
+    assert records.finish(third.fence, end(job_id)) is Finish.STALE
+    assert records.retry(job_id) is None
+    assert redis.hget(names.record, "state") == b"dancing"
+
+
+def test_job_is_read_as_it_was_submitted(records: Records, redis: Redis, keys: Any) -> None:
+    """Until it has succeeded; a record that somebody else wrote to is refused."""
+    job_id, job, text = new_job(metadata={"a": 1})
+    records.accept([(job_id, job, text)])
+    assert records.read_job(job_id) == job
+    assert records.read_job("nobody") is None
+    records.finish(claimed(records, job_id).fence, end(job_id))
+    assert records.read_job(job_id) is None
+    redis.hset(keys(job_id).record, "job", "not JSON")
+    with pytest.raises(InvalidJobError, match="not JSON"):
+        records.read_job(job_id)
 
 
 def test_waiting_client_is_remembered_for_a_while(records: Records, redis: Redis, keys: Any) -> None:
@@ -447,7 +421,7 @@ def test_whoever_waits_is_told_however_the_job_ends(
         records.cancel(job_id)
     else:
         wait_on_the_clock_of_redis(redis, (records.read([job_id])[0].accepted_ms or 0) + 31)
-        records.claim(job_id, "worker-1", LEASE_SECONDS)
+        records.claim(job_id, "worker-1", LEASE)
     assert heard() == [job_id.encode()]
     assert redis.exists(keys(job_id).waiters) == 0
 
@@ -484,7 +458,7 @@ def test_life_of_a_job_survives_forgotten_scripts(records: Records, redis: Redis
     assert records.put_back(job_id, claim.fence, 60.0, "busy", ())
     claim = claimed(records, job_id)
     redis.script_flush()
-    assert records.finish(claim.fence, end(job_id))
+    assert records.finish(claim.fence, end(job_id)) is Finish.WRITTEN
 
 
 def test_fifty_threads_with_one_key_make_one_job(records: Records, settings: Settings, redis: Redis) -> None:
@@ -497,7 +471,7 @@ def test_fifty_threads_with_one_key_make_one_job(records: Records, settings: Set
     def submit(number: int) -> None:
         start.wait()
         assert not records.accept([(job_id, job, text)])[0].conflict
-        claims.append(records.claim(job_id, f"worker-{number}", LEASE_SECONDS))
+        claims.append(records.claim(job_id, f"worker-{number}", LEASE))
 
     threads = [threading.Thread(target=submit, args=(number,)) for number in range(50)]
     for thread in threads:
@@ -551,19 +525,26 @@ def test_redis_that_is_away_is_a_typed_error_without_the_password() -> None:
     records = Records(Settings.load(environ=environ))
     calls: list[Callable[[], Any]] = [
         lambda: records.accept([new_job()]),
-        lambda: records.claim("a", "w", 1),
+        lambda: records.claim("a", "w", LEASE),
         lambda: records.finish(1, end("a")),
         lambda: records.put_back("a", 1, 1.0, "busy", ()),
         lambda: records.cancel("a"),
+        lambda: records.cancelled(["a"]),
+        lambda: records.take_over("a", LEASE, (), "lost"),
+        lambda: records.retry("a"),
+        lambda: records.read_job("a"),
+        lambda: list(records.running()),
+        records.counts,
+        lambda: records.listed(None, 1),
         lambda: records.due_in_seconds("a"),
         lambda: records.read(["a"]),
         lambda: records.watch(["a"], "c"),
     ]
-    for call in calls:
+    for ask in calls:
         with pytest.raises(
             ServiceUnavailableError, match=r"redis://:\*\*\*@127\.0\.0\.1:1/0 cannot be reached"
         ) as away:
-            call()
+            ask()
         assert "hunter2" not in str(away.value)
 
 

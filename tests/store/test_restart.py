@@ -59,7 +59,7 @@ class Crowd:
             job_id = new_job_id()
             try:
                 self._records.accept([(job_id, JOB, JOB.to_json())])
-                if isinstance(self._records.claim(job_id, "worker", 60), Claim):
+                if isinstance(self._records.claim(job_id, "worker", "lease-1"), Claim):
                     self.claimed.append(job_id)
             except ServiceUnavailableError as error:
                 self.away.append(error)

@@ -2,12 +2,18 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
+from attune_worker.store.due import DUE, LEAD, WAKE
 from attune_worker.store.keys import JobKeys
-from attune_worker.store.records import ACCEPT, CANCEL, CLAIM, FINISH, WATCH
+from attune_worker.store.listing import COUNTS, NEWEST, RUNNING
+from attune_worker.store.queued import QUEUED, RESEND
+from attune_worker.store.records import ACCEPT, CANCEL, CLAIM, FINISH, PUT_BACK, RETRY, TAKE_OVER, WATCH
 from attune_worker.store.scripts import Script
 from tests.cluster import LocalCluster
 
-SCRIPTS = [ACCEPT, CLAIM, FINISH, CANCEL, WATCH]
+SCRIPTS = [
+    *(ACCEPT, CLAIM, PUT_BACK, FINISH, CANCEL, TAKE_OVER, RETRY, WATCH),
+    *(LEAD, DUE, WAKE, QUEUED, RESEND, RUNNING, COUNTS, NEWEST),
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -28,30 +34,29 @@ def test_script_says_what_it_takes_and_returns(script: Script) -> None:
 def test_forgotten_script_is_sent_again(redis: Redis) -> None:
     """Redis forgets scripts at a restart, a failover, or on command."""
     keys = JobKeys.of("scripts", "nobody")
-    assert CANCEL(redis, (keys.record, keys.queued, keys.waiters), ("nobody", 60)) == b"unknown"
+    assert CANCEL(redis, keys.all, ("nobody", 60)) == b"unknown"
     redis.script_flush()
-    assert CANCEL(redis, (keys.record, keys.queued, keys.waiters), ("nobody", 60)) == b"unknown"
-    assert redis.evalsha(CANCEL.sha, 3, keys.record, keys.queued, keys.waiters, "nobody", 60) == b"unknown"
+    assert CANCEL(redis, keys.all, ("nobody", 60)) == b"unknown"
+    assert redis.evalsha(CANCEL.sha, len(keys.all), *keys.all, "nobody", 60) == b"unknown"
 
 
 def test_forgotten_script_is_sent_again_within_a_batch(redis: Redis) -> None:
     """Each call of a batch gets its own answer, in order, although the first ones found no script."""
     redis.script_flush()
-    shout = Script("watch")
     calls = []
     for number in range(5):
         record = f"{{scripts}}:{number}"
         redis.hset(record, mapping={"state": f"state-{number}"})
         redis.expire(record, 60)
-        calls.append(((record, f"{record}:waiters"), ("channel", 60)))
-    assert [answer[0] for answer in shout.many(redis, calls)] == [f"state-{number}".encode() for number in range(5)]
+        calls.append(((record, f"{record}:waiters"), ("channel", 60, "state", "result")))
+    assert [answer[0] for answer in WATCH.many(redis, calls)] == [f"state-{number}".encode() for number in range(5)]
 
 
 def test_batch_survives_one_node_that_has_forgotten(cluster: LocalCluster) -> None:
     """Each node remembers scripts of its own, and a batch goes to all of them."""
     ids = [f"nobody-{number}" for number in range(32)]
     keys = [JobKeys.of("scripts", job_id) for job_id in ids]
-    calls = [((each.record, each.queued, each.waiters), (job_id, 60)) for job_id, each in zip(ids, keys, strict=True)]
+    calls = [(each.all, (job_id, 60)) for job_id, each in zip(ids, keys, strict=True)]
     with cluster.client() as redis:
         for node in cluster.of_each_node():
             assert CANCEL.many(redis, calls) == [b"unknown"] * len(calls)
@@ -63,7 +68,7 @@ def test_batch_survives_one_node_that_has_forgotten(cluster: LocalCluster) -> No
 def test_slot_that_moves_to_another_node_is_followed(cluster: LocalCluster) -> None:
     """ASK while it moves, MOVED when it has; the new node does not know the script yet."""
     keys = [f"{{moving}}:{number}" for number in range(4)]
-    calls = [((key, f"{key}:waiters"), ("channel", 60)) for key in keys]
+    calls = [((key, f"{key}:waiters"), ("channel", 60, "state", "result")) for key in keys]
     with cluster.client() as redis, cluster.client() as batches:
         for key in keys:
             redis.hset(key, mapping={"state": "queued", "result": key})
@@ -80,6 +85,6 @@ def test_slot_that_moves_to_another_node_is_followed(cluster: LocalCluster) -> N
 def test_error_of_one_call_of_a_batch_is_raised(redis: Redis) -> None:
     """An answer must never be silently an exception."""
     redis.set("{scripts}:text", "not a hash", ex=60)
-    calls = [(("{scripts}:text", "{scripts}:waiters"), ("channel", 60))]
+    calls = [(("{scripts}:text", "{scripts}:waiters"), ("channel", 60, "state", "result"))]
     with pytest.raises(ResponseError, match="WRONGTYPE"):
         WATCH.many(redis, calls)

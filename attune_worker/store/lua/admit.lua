@@ -3,26 +3,39 @@
 -- Nothing is written for a candidate that is refused, except that who is told to come back when a rate limit allows
 -- it stands in line: thousands that are refused together do not come back together. Repeatable: the same call again gets the same answer.
 --
--- KEYS  1 call  2 open calls  3 circuits; for each candidate: circuit of its tier, circuit of its provider,
---       limits of the provider, limits of the model, slots of the provider; then the budgets
--- ARGV  1 JSON: {call, job, worker, lease_ms, retention_s, rules (see breaker.lua), candidates: [{ref, want (see
---       limits.lua), estimate_nano, budgets: [{key: place among the budgets, want (see budget.lua)}]}]}
--- Returns {'admitted', place of the candidate from 0, now_ms}
---      or {'settled'} when the call has been settled already
+-- KEYS  1 call  2 open calls  3 circuits  4 leases of the workers  5 the job's calls; for each candidate: circuit of its
+--       tier, circuit of its provider, limits of the provider, limits of the model, slots of the provider; then the
+--       budgets
+-- ARGV  1 JSON: {call, job, worker, lease (of the worker that runs the job; absent: no worker's), lease_ms (of the
+--       call), retention_s, rules (see breaker.lua), candidates: [{ref, want (see limits.lua), estimate_nano,
+--       budgets: [{key: place among the budgets, want (see budget.lua)}], intent: names and values of the fields that
+--       the call can be settled by where its worker cannot do it any more (see intent.py)}]}
+-- Returns {'admitted', place of the candidate from 0, now_ms, admitted_ms}
+--      or {'settled'} when the call has been settled already, or its worker was found dead
 --      or {'refused', now_ms, {'wait' | 'budget', retry_at_ms, reason, left_nano or ''} for each candidate}
--- TTL   call: the retention time, and at least as long as its lease
+-- TTL   call: the retention time, and at least as long as its lease; the job's calls: the retention time
 local request = cjson.decode(ARGV[1])
 local now = now_in_ms()
 local KEYS_PER_CANDIDATE = 5
 local SOON_MS = 1000 -- when to look again for what may end at any time: a probe, or a call that has reserved money
-local first_budget = 3 + #request.candidates * KEYS_PER_CANDIDATE
+local LEASE_MS = 500 -- when to look again for a worker's lease, which may come back if it was only late
+local first_candidate = 6
+local first_budget = first_candidate - 1 + #request.candidates * KEYS_PER_CANDIDATE
 
-local state, place = unpack(read(KEYS[1], 'state', 'place'))
+local state, place, admitted_ms = unpack(read(KEYS[1], 'state', 'place', 'admitted_ms'))
 place = number(place, -1)
 if state == 'open' and place >= 0 and place < #request.candidates then
-  return { 'admitted', place, now }
-elseif state == 'settled' then
+  return { 'admitted', place, now, number(admitted_ms, now) }
+elseif state == 'settled' or state == 'orphaned' then
   return { 'settled' }
+end
+
+if request.lease and number(redis.pcall('ZSCORE', KEYS[4], request.lease), 0) <= now then
+  local refusals = {}
+  for index in ipairs(request.candidates) do
+    refusals[index] = { 'wait', integer(now + LEASE_MS), 'lease', '', -1 }
+  end
+  return { 'refused', now, refusals }
 end
 
 local function look(candidate, base)
@@ -55,7 +68,7 @@ end
 
 local refusals, soonest = {}, nil
 for index, candidate in ipairs(request.candidates) do
-  local base = 3 + (index - 1) * KEYS_PER_CANDIDATE
+  local base = first_candidate - 1 + (index - 1) * KEYS_PER_CANDIDATE
   local looked = look(candidate, base)
   if not looked.refusal then
     local lease_ms = request.lease_ms
@@ -70,11 +83,16 @@ for index, candidate in ipairs(request.candidates) do
     redis.call('HSET', KEYS[1], 'state', 'open', 'job', request.job, 'worker', request.worker, 'ref', candidate.ref,
       'place', index - 1, 'generation', integer(taken),
       'probed', looked.provider.probe and integer(of_provider) or '', 'admitted_ms', integer(now), 'tokens', candidate.want.tokens or 0,
-      'estimate_nano', candidate.estimate_nano and integer(candidate.estimate_nano) or '', 'windows', cjson.encode(windows))
+      'estimate_nano', candidate.estimate_nano and integer(candidate.estimate_nano) or '', 'windows', cjson.encode(windows), unpack(candidate.intent))
     redis.call('EXPIRE', KEYS[1], integer(math.max(request.retention_s, math.ceil(lease_ms / 1000))))
     own(KEYS[2], 'zset')
     redis.call('ZADD', KEYS[2], integer(now + lease_ms), request.call)
-    return { 'admitted', index - 1, now }
+    if request.job ~= '' then
+      own(KEYS[5], 'list')
+      redis.call('RPUSH', KEYS[5], request.call)
+      redis.call('EXPIRE', KEYS[5], request.retention_s)
+    end
+    return { 'admitted', index - 1, now, now }
   end
   refusals[index] = looked.refusal
   if looked.retry_at and (not soonest or looked.retry_at < soonest.retry_at) then

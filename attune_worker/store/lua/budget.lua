@@ -6,9 +6,10 @@
 --            (calls under way may give back enough), budget_too_small (for this call, in any window),
 --            unknown_price; absent when allowed}
 -- budget_take(look, now)   counts the amount as reserved
--- budget_settle(key, now, settled)   once per call, by care of the caller
+-- budget_settle(key, now, settled)   once per call (twice where it was an orphan's), by care of the caller
 --   settled  {per, window (of its admission), reserved_nano, cost_nano (absent: not known, the reservation counts as
---            spent), limit_nano (the soft limit; absent: none)}
+--            spent), counted (it was settled as an orphan's: the reservation is among what is spent, and now put
+--            right), limit_nano (the soft limit; absent: none)}
 --   returns  true when the window's spending passed the soft limit by this, for the first time
 --
 -- hash  <window>:spent <window>:reserved <window>:warned, all in nano-USD, for windows like 2026-11-23 or 2026-11;
@@ -114,7 +115,10 @@ local function budget_settle(key, now, settled)
   local found = read(key, window .. ':spent', window .. ':reserved', window .. ':warned')
   local reserved = budget_nano(settled.reserved_nano) or 0
   local cost = budget_nano(settled.cost_nano) or reserved
-  local spent = math.min((budget_nano(found[1]) or 0) + cost, BUDGET.most_nano)
+  if settled.counted then
+    cost, reserved = cost - reserved, 0
+  end
+  local spent = math.min(math.max((budget_nano(found[1]) or 0) + cost, 0), BUDGET.most_nano)
   local limit = budget_nano(settled.limit_nano)
   local passed = limit ~= nil and spent > limit and not found[3]
   redis.call('HSET', key, window .. ':spent', integer(spent),

@@ -1,39 +1,38 @@
--- CLAIM: take a job for one worker: one that is queued, that waits (be its time come or not), or whose worker let
--- its lease run out. A job that has ended, or runs elsewhere under a live lease, is left alone.
+-- CLAIM: take a job for one worker: one that is queued, or that waits (be its time come or not). A job that has ended,
+-- or runs, is left alone: only TAKE_OVER takes a job away from a worker.
 -- Repeatable by the same owner, so that an answer lost on the network does not lose the job.
 --
--- KEYS  1 record  2 queued index  3 running index  4 waiters  5 due index
--- ARGV  1 job id  2 owner (unique to this delivery)  3 lease in ms  4 retention in seconds
+-- KEYS  1 record  2 queued index  3 running index  4 due index  5 dead index  6 ended index  7 waiters
+-- ARGV  1 job id  2 owner (unique to this delivery)  3 lease of the worker  4 channel on which it hears that the job
+--       was cancelled  5 retention in seconds
 -- Returns {'claimed', fence, job JSON, accepted_ms, now_ms, deadline_ms (0: none), started_ms (of the first start),
---       attempts so far as JSON (false: none)}
+--       attempts so far as JSON (false: none), crashes}
 --      or {state} with the state that forbids it; 'unknown' when there is no record.
-local state, owner, lease_ms, deadline_ms, accepted_ms, started_ms, job, progress = unpack(read(KEYS[1],
-  'state', 'owner', 'lease_ms', 'deadline_ms', 'accepted_ms', 'started_ms', 'job', 'progress'))
+local state, owner, fence, attempts, deadline_ms, accepted_ms, started_ms, job, progress, crashes = unpack(read(RECORD,
+  'state', 'owner', 'fence', 'attempts', 'deadline_ms', 'accepted_ms', 'started_ms', 'job', 'progress', 'crashes'))
 local now_ms = now_in_ms()
 local again = state == 'running' and owner == ARGV[2]
-local abandoned = state == 'running' and now_ms >= number(lease_ms, 0)
-if state ~= 'queued' and state ~= 'waiting' and not again and not abandoned then
+if state ~= 'queued' and state ~= 'waiting' and not again then
   return { state or 'unknown' }
 end
-local index = ({ queued = KEYS[2], running = KEYS[3], waiting = KEYS[5] })[state]
 deadline_ms = number(deadline_ms, 0)
-if not again and deadline_ms > 0 and now_ms >= deadline_ms then
-  end_job(KEYS[1], index, KEYS[4], ARGV[1], 'expired', now_ms, ARGV[4])
-  return { 'expired' }
-end
+fence = number(fence, now_ms) -- one that cannot be read is followed by one that was never given out
 if not again then
-  redis.call('HINCRBY', KEYS[1], 'fence', 1)
-  redis.call('HINCRBY', KEYS[1], 'attempts', 1)
-  redis.call('HSETNX', KEYS[1], 'started_ms', now_ms)
-  redis.call('HSET', KEYS[1], 'state', 'running', 'owner', ARGV[2])
-  redis.call('HDEL', KEYS[1], 'due_ms', 'reason')
-  own(index, 'zset')
-  redis.call('ZREM', index, ARGV[1])
+  if deadline_ms > 0 and now_ms >= deadline_ms then
+    end_job(ARGV[1], state, 'expired', now_ms, ARGV[5])
+    return { 'expired' }
+  end
+  fence = fence + 1
+  started_ms = number(started_ms, now_ms)
+  redis.call('HSET', RECORD, 'state', 'running', 'owner', ARGV[2], 'fence', integer(fence),
+    'attempts', integer(number(attempts, 0) + 1), 'started_ms', integer(started_ms))
+  redis.call('HDEL', RECORD, 'due_ms', 'reason')
+  leave(ARGV[1], state)
 end
-redis.call('HSET', KEYS[1], 'lease_ms', now_ms + ARGV[3])
-own(KEYS[3], 'zset')
-redis.call('ZADD', KEYS[3], now_ms + ARGV[3], ARGV[1])
+redis.call('HSET', RECORD, 'worker', ARGV[3], 'channel', ARGV[4])
+own(RUNNING, 'hash')
+redis.call('HSET', RUNNING, ARGV[1], ARGV[3])
 return {
-  'claimed', tonumber(redis.call('HGET', KEYS[1], 'fence')), job,
-  number(accepted_ms, now_ms), now_ms, deadline_ms, number(started_ms, now_ms), progress,
+  'claimed', fence, job, number(accepted_ms, now_ms), now_ms, deadline_ms, number(started_ms, now_ms), progress,
+  number(crashes, 0),
 }

@@ -1,22 +1,27 @@
--- FINISH: write how a running job ended. Only the holder of the current fencing token may.
--- Repeatable: the same end again is answered with 1 and changes nothing.
+-- FINISH: write how a job ended. Only the holder of the current fencing token may, while the job runs, or waits because
+-- it was taken over and nobody has started it since: an answer that was paid for is not thrown away.
+-- Repeatable: the same end again is answered with 'written' and changes nothing.
 --
--- KEYS  1 record  2 running index  3 waiters
+-- KEYS  1 record  2 queued index  3 running index  4 due index  5 dead index  6 ended index  7 waiters
 -- ARGV  1 job id  2 fence  3 state  4 result as JSON  5 retention in seconds
--- Returns 1 when the job now stands as given, 0 when the token is stale or the job is gone.
+-- Returns 'written' when the job now stands as given, 'stale' when the token is, or the job has ended or is gone,
+--       'cancelled' when it was cancelled while it ran: no other end is taken from then on, and nothing was written.
 -- TTL   the record lives for the retention time from now. A prompt that was answered is dropped, and so are the
 --       attempts of earlier starts: the result has them.
-local state, fence = unpack(read(KEYS[1], 'state', 'fence'))
+local state, fence, cancelled_ms = unpack(read(RECORD, 'state', 'fence', 'cancelled_ms'))
 if fence ~= ARGV[2] then
-  return 0
+  return 'stale'
 end
-if state ~= 'running' then
-  return state == ARGV[3] and 1 or 0
+if state ~= 'running' and state ~= 'waiting' then
+  return state == ARGV[3] and redis.call('HGET', RECORD, 'result') == ARGV[4] and 'written' or 'stale'
 end
-redis.call('HSET', KEYS[1], 'result', ARGV[4])
-redis.call('HDEL', KEYS[1], 'progress')
+if cancelled_ms and ARGV[3] ~= 'cancelled' then
+  return 'cancelled'
+end
+redis.call('HSET', RECORD, 'result', ARGV[4])
+redis.call('HDEL', RECORD, 'progress')
 if ARGV[3] == 'succeeded' then
-  redis.call('HDEL', KEYS[1], 'job')
+  redis.call('HDEL', RECORD, 'job')
 end
-end_job(KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[3], now_in_ms(), ARGV[5])
-return 1
+end_job(ARGV[1], state, ARGV[3], now_in_ms(), ARGV[5])
+return 'written'

@@ -1,13 +1,20 @@
--- SETTLE: what a call did, written once however often it arrives: breaker, limits, budgets and telemetry.
+-- SETTLE: what a call did, written once however often it arrives: ledger, breaker, limits, budgets and telemetry.
 -- A call without an intent (it was made while Redis was away) is charged in full and counts all the same. One that
 -- ended a while ago tells nothing of now: see `age` below.
+-- A call whose worker died is settled as orphaned by another: its place is free, and what was reserved counts as spent.
+-- If the worker tells after all what the call did, that corrects it, once.
 --
 -- KEYS  1 call  2 open calls  3 circuits  4 circuit of the tier  5 circuit of the provider  6 limits of the provider
 --       7 limits of the model  8 slots of the provider  9 stats of the day  10 evidence of the stage
---       11 evidence of the workflow  12 evidence of the fleet  13 stages; then the budgets
--- ARGV  1 JSON: {call, ref, retention_s, outcome: succeeded | failed | released (the call was never made),
---       ended_ms (when it ended, by this clock), names (provider and tier as JSON), rules, result (see breaker.lua), limits (see limits.lua), budgets: [{per, limit_nano,
---       reserved_nano, cost_nano}], cost_nano, call_of (what telemetry.lua counts; absent when released)}
+--       11 evidence of the workflow  12 evidence of the fleet  13 stages  14 ledger  15 costs of the day;
+--       then the budgets
+-- ARGV  1 JSON: {call, ref, retention_s, outcome: succeeded | failed | released (the call was never made) | orphaned,
+--       ended_ms (when it ended, by this clock), names (provider and tier as JSON), rules, result (see breaker.lua),
+--       limits (see limits.lua), budgets: [{per, limit_nano, reserved_nano, cost_nano}], cost_nano, call_of (what
+--       telemetry.lua counts; absent when released or orphaned), kept: names and values of further fields of the call,
+--       for its job's history, sums: {group, estimate_nano, input, output} and
+--       keep (see ledger.lua)}
+--       2 the record of the call, as JSON (see ledger.py), kept as it is
 -- Returns {'settled' | 'again' | 'other' (released, but leave was given for another model: nothing is done), what
 --       became of the circuit or '', {soft budgets that were passed just now}, what became of the provider's circuit}
 -- TTL   call: the retention time, in which a second settlement is known for one
@@ -26,15 +33,22 @@ age = age < CLOCKS_MS and 0 or age
 local old = age > OLD_MS
 local state, ref, generation, probed, tokens, windows, admitted_ms =
   unpack(read(KEYS[1], 'state', 'ref', 'generation', 'probed', 'tokens', 'windows', 'admitted_ms'))
-if state == 'settled' then
+local outcome, was_orphaned = request.outcome, state == 'orphaned'
+local orphaned = outcome == 'orphaned'
+if state == 'settled' or (orphaned and state ~= 'open') then
   return { 'again', '', {}, '' }
 end
-local admitted = state == 'open'
-if admitted and request.outcome == 'released' and ref ~= request.ref then
+local admitted = state == 'open' or was_orphaned
+if admitted and outcome == 'released' and ref ~= request.ref then
   return { 'other', '', {}, '' }
 end
-redis.call('HSET', KEYS[1], 'state', 'settled', 'outcome', request.outcome, 'settled_ms', integer(now),
-  'cost_nano', request.cost_nano and integer(request.cost_nano) or '') -- first, so that no error counts a call twice
+redis.call('HSET', KEYS[1], 'state', orphaned and 'orphaned' or 'settled', 'outcome', outcome, 'settled_ms', integer(now),
+  'cost_nano', request.cost_nano and integer(request.cost_nano) or '', unpack(request.kept))
+-- first, so that no error counts a call twice
+
+local sums = request.sums
+sums.record, sums.outcome, sums.was_orphaned, sums.cost_nano = ARGV[2], outcome, was_orphaned, request.cost_nano
+ledger_settle({ ledger = KEYS[14], costs = KEYS[15] }, now, sums, request.keep)
 
 local result = request.result
 result.call = request.call
@@ -58,7 +72,7 @@ limits.admitted_ms = admitted and number(admitted_ms, nil) or nil
 limits.reserved_tokens = admitted and number(tokens, 0) or 0
 limits.cooldown_ms = left_of(limits.cooldown_ms, age)
 limits.observed = not old and limits.observed or nil
-limits.released = admitted and request.outcome == 'released'
+limits.released = admitted and outcome == 'released'
 limits_settle(KEYS[6], KEYS[7], KEYS[8], now, limits)
 
 local known, window_of = pcall(cjson.decode, windows or '[]')
@@ -71,8 +85,9 @@ for index, budget in ipairs(request.budgets) do
     budget.reserved_nano = 0
   else
     budget.window = window
+    budget.counted = was_orphaned
   end
-  if budget_settle(KEYS[13 + index], now, budget) then
+  if budget_settle(KEYS[15 + index], now, budget) then
     passed[#passed + 1] = index - 1
   end
 end
@@ -85,7 +100,10 @@ if call then
   redis.call('HSET', KEYS[1], 'ref', call.ref, 'workflow', call.workflow, 'stage', call.stage, 'day', call.day,
     'score', call.score or '', 'n', stage_n or '', 'n_workflow', workflow_n or '', 'n_fleet', fleet_n or '')
 end
-redis.call('HDEL', KEYS[1], 'windows', 'place', 'generation', 'probed')
+redis.call('HDEL', KEYS[1], 'lease', 'tenant', 'budgets', 'mode', 'place')
+if not orphaned then -- what an orphan's own settlement would still need
+  redis.call('HDEL', KEYS[1], 'windows', 'generation', 'probed')
+end
 redis.call('EXPIRE', KEYS[1], request.retention_s)
 own(KEYS[2], 'zset')
 redis.call('ZREM', KEYS[2], request.call)

@@ -7,7 +7,8 @@
 --                   [successes, failures, seen, calls, cost_nano, priced, recent]. The arithmetic is that of
 --                   telemetry/evidence.py, which says what the numbers mean. Written with 17 digits, so that
 --                   nothing is lost between two calls.
--- telemetry_count(key, field, n)     HINCRBY that begins again from 0 where the field holds no integer
+-- telemetry_count(key, field, n)     HINCRBY that begins again from 0 where the field holds no integer; never goes below 0
+--                                    by that
 -- telemetry_settle(keys, now, call)  counts a call; returns n of the stage, of the workflow and of the fleet,
 --                                    each false where the call was no evidence
 --   keys  {stats, stage, workflow, fleet, stages}
@@ -66,7 +67,7 @@ end
 
 local function telemetry_count(key, field, n)
   if n ~= 0 and type(redis.pcall('HINCRBY', key, field, integer(n))) == 'table' then -- an error
-    redis.call('HSET', key, field, integer(n))
+    redis.call('HSET', key, field, integer(math.max(n, 0)))
   end
 end
 

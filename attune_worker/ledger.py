@@ -1,0 +1,310 @@
+"""What did the calls cost? The record of each, and the sums of each day, as SETTLE has written them.
+
+``store/lua/ledger.lua`` writes both, in the step that settles the call. Here is the reading.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Self
+from urllib.parse import unquote
+
+from redis.exceptions import ResponseError
+
+from attune_worker.budget import usd_of
+from attune_worker.settings import Settings
+from attune_worker.store.connection import RedisClient, close_idle, connect, reaching
+from attune_worker.store.keys import FleetKeys, part
+
+logger = logging.getLogger(__name__)
+
+DIMENSIONS = ("tenant", "workflow", "provider", "model", "tier", "mode")
+"""What the sums of a day are kept by, in the order in which a group names them."""
+
+OTHER = "~other"
+"""What stands for all groups of a day beyond the 20,000th."""
+
+OUTCOMES = ("succeeded", "failed", "orphaned", "released")
+
+_PAGE = 1000
+_SCAN = 5000
+_TEXTS = ("call", "job", "workflow", "stage", "provider", "model", "tier", "mode")
+_COUNTS = ("cost_nano", "estimate_nano", "input", "output", "cache_read", "cache_write", "latency_ms", "status")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerRecord:
+    """One call to a provider and what it cost; no prompt, no answer, no user.
+
+    ``outcome``: succeeded; failed; orphaned (its worker died before it said what the call did); released (a call
+    taken for orphaned was never made). ``cost_usd`` is None where it is not known; then ``estimate_usd``, the most
+    that the call could cost (None: no price is known), is what budgets count. ``time`` is when the call was admitted,
+    ``written`` when the record was. ``corrects_orphan``: it takes the place of an earlier record of the same call.
+    ``request_id`` is the provider's, ``status`` that of the HTTP answer of a call that failed.
+    """
+
+    call_id: str
+    job_id: str
+    tenant: str | None
+    workflow: str
+    stage: str
+    provider: str
+    model_id: str
+    tier: str
+    mode: str
+    outcome: str
+    error: str | None
+    cost_usd: Decimal | None
+    estimate_usd: Decimal | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cache_read_tokens: int | None
+    cache_write_tokens: int | None
+    latency_ms: int | None
+    status: int | None
+    request_id: str | None
+    time: datetime
+    written: datetime
+    corrects_orphan: bool = False
+
+    @property
+    def uncertain(self) -> bool:
+        """Whether the call may have cost something, and nobody knows what."""
+        return self.cost_usd is None
+
+    @classmethod
+    def from_json(cls, text: str | bytes, written: datetime, *, corrects_orphan: bool = False) -> Self:
+        """Read a record as SETTLE wrote it; raises ``ValueError`` for anything else."""
+        fields = _fields_of(text)
+        texts = {name: _text(fields, name) for name in _TEXTS}
+        counts = {name: _whole(fields, name) for name in _COUNTS}
+        outcome, admitted_ms = fields.get("outcome"), _whole(fields, "admitted_ms")
+        if outcome not in OUTCOMES or admitted_ms is None:
+            raise ValueError("a record says what became of its call, and when it was admitted")
+        return cls(
+            call_id=texts["call"],
+            job_id=texts["job"],
+            tenant=_text(fields, "tenant") if "tenant" in fields else None,
+            workflow=texts["workflow"],
+            stage=texts["stage"],
+            provider=texts["provider"],
+            model_id=texts["model"],
+            tier=texts["tier"],
+            mode=texts["mode"],
+            outcome=outcome,
+            error=_text(fields, "error") if "error" in fields else None,
+            cost_usd=_usd(counts["cost_nano"]),
+            estimate_usd=_usd(counts["estimate_nano"]),
+            input_tokens=counts["input"],
+            output_tokens=counts["output"],
+            cache_read_tokens=counts["cache_read"],
+            cache_write_tokens=counts["cache_write"],
+            latency_ms=counts["latency_ms"],
+            status=counts["status"],
+            request_id=_text(fields, "request_id") if "request_id" in fields else None,
+            time=_moment(admitted_ms),
+            written=written,
+            corrects_orphan=corrects_orphan,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CostRow:
+    """What the calls of one group cost. ``keys`` names the group; None: these calls had no such name.
+
+    ``cost_usd`` is what is known, to the nano-dollar. ``unknown_calls`` may have cost something besides, at most
+    ``unknown_usd`` together, and ``orphaned_calls``, whose workers died, ``orphaned_usd``; ``unpriced_calls`` of both
+    have no known price, and are in neither amount.
+    """
+
+    keys: Mapping[str, str | None]
+    calls: int
+    cost_usd: Decimal
+    unknown_calls: int
+    unknown_usd: Decimal
+    orphaned_calls: int
+    orphaned_usd: Decimal
+    unpriced_calls: int
+    input_tokens: int
+    output_tokens: int
+
+
+class Ledger:
+    """The calls of one namespace and their costs. Raises ``ServiceUnavailableError`` when Redis is away."""
+
+    def __init__(self, settings: Settings, redis: RedisClient | None = None) -> None:
+        self._settings = settings
+        self._keys = FleetKeys(settings.namespace)
+        self._redis = redis or connect(settings)
+        self.skipped = 0
+        """Entries that were read and are no records: somebody else's, or garbled."""
+
+    def records(self, since: datetime | None = None, until: datetime | None = None) -> Iterator[LedgerRecord]:
+        """Yield the records written from ``since`` (included) to ``until`` (excluded), oldest first.
+
+        A call that was taken for orphaned and settled after all has two, see ``latest``. What is no record is
+        passed over, counted in ``skipped``, and logged once at the end.
+        """
+        skipped = self.skipped
+        for entry_id, fields in self._entries(since, until):
+            try:
+                yield _record(entry_id, fields)
+            except ValueError:
+                self.skipped += 1
+        if self.skipped > skipped:
+            logger.warning("%d entries of the ledger are no records", self.skipped - skipped)
+
+    def report(self, days: int, by: Sequence[str] = ()) -> list[CostRow]:
+        """Return the sums of the last ``days`` days (UTC, today included), a row for each group.
+
+        ``by`` names what to group by: ``day`` and any of ``DIMENSIONS``; nothing: one row for all. A call counts for
+        the day of its admission. Raises ``ValueError`` for other names and for ``days`` below 1.
+        """
+        unknown = [name for name in by if name not in {"day", *DIMENSIONS}]
+        if unknown or days < 1:
+            raise ValueError(f"costs are grouped by {', '.join(('day', *DIMENSIONS))}, over 1 day or more")
+        found: dict[tuple[str | None, ...], _Sums] = {} if by else {(): _Sums()}
+        with reaching(self._settings):
+            seconds, _ = self._redis.time()
+            today = datetime.fromtimestamp(seconds, UTC)
+            for back in reversed(range(min(days, self._settings.ledger.sums_retention_days))):
+                day = today - timedelta(days=back)
+                for group, name, count in self._sums(f"{day:%Y%m%d}"):
+                    names = {"day": f"{day:%Y-%m-%d}", **dict(zip(DIMENSIONS, group, strict=True))}
+                    found.setdefault(tuple(names[one] for one in by), _Sums()).add(name, count)
+        ranked = sorted(found.items(), key=lambda row: tuple((name is not None, name or "") for name in row[0]))
+        return [sums.row(dict(zip(by, names, strict=True))) for names, sums in ranked]
+
+    def close(self) -> None:
+        """Give the connections back."""
+        close_idle(self._redis)
+
+    def _entries(self, since: datetime | None, until: datetime | None) -> Iterator[tuple[bytes, Mapping[bytes, bytes]]]:
+        start = "-" if since is None else _ms(since)
+        end = "+" if until is None else f"({_ms(until)}-0"
+        key = self._keys.ledger
+        read: Callable[..., Any] = self._redis.xrange
+        while True:
+            with reaching(self._settings):
+                try:
+                    page = read(key, start, end, _PAGE)
+                except ResponseError as error:
+                    if not str(error).startswith("WRONGTYPE"):  # has no class of its own: the key is somebody else's
+                        raise
+                    self.skipped += 1
+                    return
+            yield from page
+            if len(page) < _PAGE:
+                return
+            start = f"({page[-1][0].decode()}"
+
+    def _sums(self, day: str) -> Iterator[tuple[Sequence[str | None], str, int]]:
+        """Yield each group's names, and one of its counters."""
+        key = self._keys.costs(day)
+        fields: dict[bytes, bytes] = {}
+        try:
+            fields.update(self._redis.hscan_iter(key, count=_SCAN))  # a scan may meet a field twice
+        except ResponseError as error:
+            if not str(error).startswith("WRONGTYPE"):
+                raise
+            self.skipped += 1
+        for name, value in fields.items():
+            group, bar, counter = name.decode(errors="replace").partition("|")
+            parts = [OTHER] * len(DIMENSIONS) if group == OTHER else group.split(":")
+            if bar and len(parts) == len(DIMENSIONS) and counter in _SUMS:
+                yield [_name(one) for one in parts], counter, _count(value)
+
+
+def latest(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
+    """Return one record for each call that was made: where an orphan was settled after all, that settlement."""
+    by_call = {record.call_id: record for record in records}  # the last one stands
+    return [record for record in by_call.values() if record.outcome != "released"]
+
+
+_SUMS = ("calls", "cost_nano", "unknown", "unknown_nano", "orphaned", "orphaned_nano", "unpriced", "input", "output")
+
+
+@dataclass(slots=True)
+class _Sums:
+    """The counters of one group, added up."""
+
+    counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0))
+
+    def add(self, name: str, count: int) -> None:
+        self.counters[name] += count
+
+    def row(self, keys: Mapping[str, str | None]) -> CostRow:
+        sums = self.counters
+        return CostRow(
+            keys=keys,
+            calls=sums["calls"],
+            cost_usd=usd_of(sums["cost_nano"]),
+            unknown_calls=sums["unknown"],
+            unknown_usd=usd_of(sums["unknown_nano"]),
+            orphaned_calls=sums["orphaned"],
+            orphaned_usd=usd_of(sums["orphaned_nano"]),
+            unpriced_calls=sums["unpriced"],
+            input_tokens=sums["input"],
+            output_tokens=sums["output"],
+        )
+
+
+def _record(entry_id: bytes, fields: Mapping[bytes, bytes]) -> LedgerRecord:
+    written_ms = int(entry_id.partition(b"-")[0])
+    return LedgerRecord.from_json(
+        fields.get(b"record", b""), _moment(written_ms), corrects_orphan=fields.get(b"corrects") == b"orphaned"
+    )
+
+
+def _fields_of(text: str | bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep for a record") from None
+    if not isinstance(fields, dict):
+        raise ValueError("a record is an object")  # noqa: TRY004  # whoever reads asks only whether it is a record
+    return fields
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is a text")  # noqa: TRY004  # as above
+    return value
+
+
+def _whole(fields: Mapping[str, Any], name: str) -> int | None:
+    value = fields.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ValueError(f"{name} is a whole number")
+    return value
+
+
+def _moment(at_ms: int) -> datetime:
+    try:
+        return datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=at_ms)
+    except OverflowError:
+        raise ValueError(f"{at_ms} ms is no time") from None
+
+
+def _usd(nano: int | None) -> Decimal | None:
+    return None if nano is None else usd_of(nano)
+
+
+def _ms(moment: datetime) -> int:
+    """Return the first whole millisecond from ``moment`` on, since 1970."""
+    return max(0, -((datetime.fromtimestamp(0, UTC) - moment.astimezone(UTC)) // timedelta(milliseconds=1)))
+
+
+def _name(text: str) -> str | None:
+    """Return the name that a part of a group stands for; one that was hashed stays a hash."""
+    return None if text == part(None) else unquote(text)
+
+
+def _count(text: bytes) -> int:
+    return int(text) if text.isdigit() else 0

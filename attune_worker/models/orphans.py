@@ -1,0 +1,113 @@
+"""What becomes of the calls of a worker that died? They are settled as orphaned, and its jobs get their history."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from attune_worker.jobs import Attempt
+from attune_worker.models.admission import SETTLE
+from attune_worker.models.admission_wire import Settlement, Wire
+from attune_worker.models.attempts import attempt_in
+from attune_worker.models.intent import Fields, Intent
+from attune_worker.settings import Settings
+from attune_worker.store.connection import Command, RedisClient, close_idle, connect, reaching, together
+from attune_worker.store.keys import FleetKeys
+
+logger = logging.getLogger(__name__)
+
+
+class Orphans:
+    """Settles calls that their own worker will not settle any more, each of them once.
+
+    What a call had reserved counts as spent, and its slot and its probe are free. Every method may be repeated, and
+    raises ``ServiceUnavailableError`` when Redis is away.
+    """
+
+    def __init__(self, settings: Settings, redis: RedisClient | None = None) -> None:
+        self._settings = settings
+        self._keys = FleetKeys(settings.namespace)
+        self._redis = redis or connect(settings)
+        self._wire = Wire(settings, "", 0)
+
+    def of_job(self, job_id: str, lease: str) -> tuple[Attempt, ...]:
+        """Settle the job's calls that were under way under ``lease``, and return all its calls, in their order.
+
+        ``lease`` has ended: no call is allowed under it any more. Calls that were allowed and never made are left
+        out, as are those whose retention time has passed.
+        """
+        with reaching(self._settings):
+            key = self._keys.job_calls(job_id)
+            found = self._read([(key, ("LRANGE", key, 0, -1))])[0]
+            ids = list(dict.fromkeys(member.decode(errors="replace") for member in found or ()))
+            calls = self._calls(ids)
+            lost = [one for one, call in calls.items() if _is_open(call, lease)]
+            if lost:
+                self._settle({one: calls[one] for one in lost})
+                calls |= self._calls(lost)  # one of them may have been settled by its worker just before
+        attempts = (attempt_in(one, call) for one, call in calls.items())
+        return tuple(attempt for attempt in attempts if attempt is not None)
+
+    def overdue(self, limit: int = 100) -> int:
+        """Settle up to ``limit`` calls that should have ended by now as orphaned, and return how many those were.
+
+        A call's own lease ends half a minute after the time that it may take. Past it are calls of programs that
+        died, or that cannot write their settlements.
+        """
+        with reaching(self._settings):
+            seconds, micros = self._redis.time()
+            now_ms = seconds * 1000 + micros // 1000
+            key = self._keys.calls
+            found = self._read([(key, ("ZRANGEBYSCORE", key, "-inf", now_ms, "LIMIT", 0, limit))])[0]
+            ids = [member.decode(errors="replace") for member in found or ()]
+            calls = self._calls(ids)
+            settled = self._settle({one: call for one, call in calls.items() if _is_open(call)})
+            if found:  # SETTLE has taken out its own; what else is there was settled, has gone, or cannot be
+                self._read([(key, ("ZREM", key, *found))])
+        return settled
+
+    def close(self) -> None:
+        """Give the connections back."""
+        close_idle(self._redis)
+
+    def _settle(self, calls: Mapping[str, Fields]) -> int:
+        """Settle calls as orphaned, and return how many nobody else had settled before."""
+        settlements: list[Settlement] = []
+        for call_id, call in calls.items():
+            try:
+                settlements.append(self._settlement(call_id, call))
+            except ValueError:
+                logger.warning("call %s cannot be settled: what Redis knows of it cannot be read", call_id)
+        answers = SETTLE.many(self._redis, settlements) if settlements else []
+        return sum(answer[0] == b"settled" for answer in answers)
+
+    def _settlement(self, call_id: str, call: Fields) -> Settlement:
+        intent = Intent.of(call)
+        reserved = call.get(b"estimate_nano", b"")
+        return self._wire.orphan(
+            call_id, intent, int(call.get(b"admitted_ms", b"")), int(reserved) if reserved else None
+        )
+
+    def _calls(self, ids: Sequence[str]) -> dict[str, Fields]:
+        """Read calls; one that is gone has no fields."""
+        keys = [self._keys.call(one) for one in ids]
+        answers = self._read([(key, ("HGETALL", key)) for key in keys])
+        return {one: answer or {} for one, answer in zip(ids, answers, strict=True)}
+
+    def _read(self, commands: Sequence[tuple[str, Command]]) -> list[Any]:
+        """Read in one round trip; None for a key that holds another type: somebody else's."""
+        answers = together(self._redis, commands)
+        for answer in answers:
+            if isinstance(answer, Exception) and type(answer) is not ResponseError:  # WRONGTYPE has no class
+                raise answer
+        return [None if isinstance(answer, Exception) else answer for answer in answers]
+
+
+def _is_open(call: Fields, lease: str | None = None) -> bool:
+    """Whether a call is under way as far as is known; with ``lease``, under that one."""
+    if call.get(b"state") != b"open":
+        return False
+    return lease is None or call.get(b"lease", b"").decode(errors="replace") == lease

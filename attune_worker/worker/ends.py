@@ -1,0 +1,110 @@
+"""How does the end of a job get into its record when Redis is away? It is tried, then kept, and written later."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from attune_worker.errors import ServiceUnavailableError
+from attune_worker.models.admission import refused
+from attune_worker.store.backlog import Backlog
+from attune_worker.store.outage import Outage
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 2.0
+"""How long a thread waits for Redis before it leaves the end of its job to others and goes on."""
+
+MAX_KEPT = 1_000
+MAX_KEPT_CHARACTERS = 64 * 2**20
+"""How many ends are kept, and how long their answers may be together; then threads wait for Redis themselves."""
+
+RETRY_SECONDS = 2.0
+"""How often is looked whether Redis is back: somebody waits for these answers."""
+
+PAUSE_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    write: Callable[[], object]
+    characters: int
+
+
+class Ends:
+    """Writes how the starts of one process ended; safe for use from many threads.
+
+    What is written has to be such that it may be written twice.
+    """
+
+    def __init__(self, patience_seconds: float = PATIENCE_SECONDS, max_characters: int = MAX_KEPT_CHARACTERS) -> None:
+        self._patience_seconds = patience_seconds
+        self._max_characters = max_characters
+        self._outage = Outage(longest_wait_seconds=RETRY_SECONDS)
+        self._kept: Backlog[_Kept] = Backlog(self._write_all, self._outage, "ends of jobs")
+        self._lock = threading.Lock()
+        self._characters = 0
+        self._closing = threading.Event()
+
+    def write(self, write: Callable[[], T], characters: int = 0, then: Callable[[T], object] | None = None) -> T | None:
+        """Return what ``write`` returns; None: Redis is away, and it is written when Redis is back.
+
+        ``then`` is told what a later ``write`` returned. While too much is kept already, this waits for Redis;
+        ``characters`` is how much ``write`` holds on to. Raises ``ServiceUnavailableError`` when Redis is there and
+        refuses what it is told.
+        """
+        gives_up = time.monotonic() + self._patience_seconds
+        while True:
+            if self._outage.worth_trying():
+                try:
+                    answer = write()
+                except ServiceUnavailableError as error:
+                    if refused(error):
+                        raise
+                    if self._outage.failed(error):
+                        logger.warning("ends of jobs are kept until Redis answers: %s", error)
+                else:
+                    self._outage.succeeded()
+                    return answer
+            if self._closing.is_set() or (time.monotonic() > gives_up and self._room(characters)):
+                self.keep(write if then is None else lambda: then(write()), characters)
+                return None
+            self._closing.wait(PAUSE_SECONDS)
+
+    def keep(self, write: Callable[[], object], characters: int = 0) -> None:
+        """Have ``write`` called, in another thread, until Redis answers."""
+        with self._lock:
+            self._characters += characters
+        self._kept.add(_Kept(write, characters))
+
+    def close(self, seconds: float) -> None:
+        """Write what is left within ``seconds``, and say how much could not be."""
+        self._closing.set()
+        self._kept.close(seconds)
+
+    def hurry(self) -> None:
+        """Try again and again from now on: this process ends."""
+        self._closing.set()
+        self._kept.hurry()
+
+    def _room(self, characters: int) -> bool:
+        return len(self._kept) < MAX_KEPT and self._characters + characters <= self._max_characters
+
+    def _write_all(self, batch: Sequence[_Kept]) -> None:
+        for kept in batch:
+            try:
+                kept.write()
+            except ServiceUnavailableError as error:
+                if not refused(error):
+                    raise
+                logger.exception("the end of a job could not be written")  # again would fail again
+            except Exception:  # the edge: one end must not hold up the others
+                logger.exception("the end of a job could not be written")
+        with self._lock:
+            self._characters -= sum(kept.characters for kept in batch)

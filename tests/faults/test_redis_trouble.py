@@ -1,0 +1,203 @@
+"""What happens to jobs while Redis restarts, stands still, is full or is demoted? And what do callers hear?"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from attune_worker.client import Client
+from attune_worker.errors import ServiceUnavailableError
+from attune_worker.jobs import JobStatus
+from attune_worker.local import LocalWorker
+from attune_worker.settings import Settings
+from attune_worker.simulator import Profile, Simulator
+from attune_worker.store.embedded import EmbeddedRedis
+from tests.conftest import API_KEY, Environ, Until
+from tests.faults.conftest import assert_each_ran_once, paused, process_id, submit
+
+StartWorker = Callable[..., LocalWorker]
+
+LEASE_SECONDS = 1
+TIMEOUT_SECONDS = 0.5
+SLACK_SECONDS = 2.0
+"""What a busy machine may add."""
+
+
+@pytest.fixture
+def environ(make_environ: Environ, simulator: Simulator, own_server: EmbeddedRedis) -> dict[str, str]:
+    return make_environ(
+        simulator,
+        REDIS_URL=own_server.url,
+        REDIS_TIMEOUT_SECONDS=TIMEOUT_SECONDS,
+        RECOVERY__LEASE_SECONDS=LEASE_SECONDS,
+    )
+
+
+def answers(simulator: Simulator) -> int:
+    count: int = simulator.invoice(summary=True)["count"]
+    return count
+
+
+def slow(seconds: float) -> Profile:
+    return Profile.parse({"api_keys": [API_KEY], "latency": seconds})
+
+
+def test_redis_that_crashes_in_the_middle_of_a_hundred_jobs(
+    own_server: EmbeddedRedis,
+    environ: dict[str, str],
+    client: Client,
+    simulator: Simulator,
+    start_worker: StartWorker,
+    until: Until,
+) -> None:
+    """It comes back with its append-only file; every job ends succeeded, with one call."""
+    workers = [start_worker(environ, concurrency=10) for _ in range(2)]
+    simulator.profile = slow(0.3)
+    handles = submit(client, 100)
+    until(lambda: answers(simulator) > 30)
+    own_server.stop(signal.SIGKILL)
+    until(lambda: not simulator.requests()["in_flight"])
+    own_server.start()
+    assert_each_ran_once(client, handles, simulator, until)
+    assert [worker.process and worker.process.poll() for worker in workers] == [None, None]
+
+
+def test_redis_that_stands_still_for_longer_than_a_lease(
+    own_server: EmbeddedRedis,
+    environ: dict[str, str],
+    client: Client,
+    simulator: Simulator,
+    start_worker: StartWorker,
+    until: Until,
+) -> None:
+    """All leases have run out when it goes on, and nobody's jobs are taken: their workers are alive."""
+    for _ in range(2):
+        start_worker(environ, concurrency=10)
+    simulator.profile = slow(0.5)
+    handles = submit(client, 60)
+    until(lambda: answers(simulator) > 5)
+    with paused(process_id(own_server)):
+        began = time.monotonic()
+        until(lambda: time.monotonic() - began > 6 * LEASE_SECONDS)
+    assert_each_ran_once(client, handles, simulator, until)
+    assert {client.records.read([handle.id])[0].crashes for handle in handles} == {0}
+
+
+def test_callers_hear_of_a_redis_that_stands_still_within_its_timeout(
+    own_server: EmbeddedRedis, client: Client
+) -> None:
+    """Whatever they ask, the error is typed, and nobody hangs."""
+    handle = client.submit("summarize", "?")
+    with paused(process_id(own_server)):
+        for ask in (
+            handle.status,
+            handle.cancel,
+            lambda: handle.result(timeout=1),
+            lambda: client.submit("summarize", "?"),
+        ):
+            began = time.monotonic()
+            with pytest.raises(ServiceUnavailableError, match="cannot be reached"):
+                ask()
+            assert time.monotonic() - began < 1 + TIMEOUT_SECONDS + SLACK_SECONDS
+
+
+@pytest.fixture
+def client_of_two(
+    own_server: EmbeddedRedis, redis_server: EmbeddedRedis, make_environ: Environ, simulator: Simulator
+) -> Iterator[Client]:
+    """Return a client whose broker is the Redis that a test may break, and whose job records are in another."""
+    environ = make_environ(
+        simulator, REDIS_URL=redis_server.url, BROKER_URL=own_server.url, REDIS_TIMEOUT_SECONDS=TIMEOUT_SECONDS
+    )
+    with closing(Client(Settings.load(environ=environ))) as client:
+        yield client
+
+
+def test_callers_hear_of_a_broker_that_stands_still_within_its_timeout(
+    own_server: EmbeddedRedis, client_of_two: Client
+) -> None:
+    """The job is accepted, which the error says with its id; it is woken later."""
+    client_of_two.submit("summarize", "?")
+    with paused(process_id(own_server)):
+        began = time.monotonic()
+        with pytest.raises(ServiceUnavailableError, match="cannot be reached") as caught:
+            client_of_two.submit("summarize", "?")
+        assert time.monotonic() - began < 3 * TIMEOUT_SECONDS + SLACK_SECONDS
+    [job_id] = caught.value.job_ids
+    assert client_of_two.status(job_id) is JobStatus.QUEUED
+
+
+def test_callers_hear_of_a_full_broker(redis: Redis, client_of_two: Client) -> None:
+    """The error is typed, and says that the job is accepted."""
+    redis.config_set("maxmemory", "1")
+    with pytest.raises(ServiceUnavailableError, match=r"refused a command: .*maxmemory") as caught:
+        client_of_two.submit("summarize", "?")
+    [job_id] = caught.value.job_ids
+    assert client_of_two.status(job_id) is JobStatus.QUEUED
+
+
+def test_full_redis_refuses_new_jobs_and_loses_no_answer(
+    redis: Redis,
+    environ: dict[str, str],
+    client: Client,
+    simulator: Simulator,
+    start_worker: StartWorker,
+    until: Until,
+) -> None:
+    """What runs ends, and its ends and costs are written when there is room again."""
+    worker = start_worker(environ, concurrency=10)
+    simulator.profile = slow(1)
+    handles = submit(client, 20)
+    until(lambda: simulator.requests()["in_flight"] == 10)
+    redis.config_set("maxmemory", "1")
+    with pytest.raises(ServiceUnavailableError, match="its memory is full; raise maxmemory"):
+        client.submit("summarize", "?")
+    until(lambda: not simulator.requests()["in_flight"])
+    redis.config_set("maxmemory", "0")
+    assert_each_ran_once(client, handles, simulator, until)
+    assert worker.process is not None
+    assert worker.process.poll() is None
+
+
+@pytest.fixture
+def replica(own_server: EmbeddedRedis, redis: Redis, tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    """Run a replica of the Redis that a test may break, which has caught up."""
+    link = f"replicaof 127.0.0.1 {own_server.port}\nmasterauth {own_server._password}\n"
+    with EmbeddedRedis(tmp_path / "replica", password=own_server._password, configuration=link) as server:
+        redis.config_set("masterauth", own_server._password)
+        yield server
+
+
+def test_workers_go_on_after_their_redis_was_a_replica_for_a_while(
+    redis: Redis,
+    replica: EmbeddedRedis,
+    environ: dict[str, str],
+    client: Client,
+    simulator: Simulator,
+    start_worker: StartWorker,
+    until: Until,
+) -> None:
+    """A failover demotes it under their open connections, and it refuses all but reads; then it leads again."""
+    busy, idle = start_worker(environ, concurrency=5), start_worker(environ, concurrency=10)
+    simulator.profile = slow(1)
+    handles = submit(client, 10)
+    until(lambda: simulator.requests()["in_flight"] == 10)
+    with Redis.from_url(replica.url) as other:
+        until(lambda: other.info("replication")["master_link_status"] == "up")
+        redis.execute_command("FAILOVER", "TO", "127.0.0.1", replica.port)
+        until(lambda: redis.info("replication")["role"] == "slave")
+        with pytest.raises(ServiceUnavailableError, match="it is a replica; redis_url should name the primary"):
+            client.submit("summarize", "?")
+        until(lambda: not simulator.requests()["in_flight"])
+        until(lambda: "Connection to broker lost" in idle.log.read_text())
+        until(lambda: redis.info("replication")["master_link_status"] == "up")
+        redis.replicaof("NO", "ONE")
+    handles += submit(client, 10)
+    assert_each_ran_once(client, handles, simulator, until)
+    assert [worker.process and worker.process.poll() for worker in (busy, idle)] == [None, None]

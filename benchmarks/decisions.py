@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from statistics import median
@@ -18,6 +18,7 @@ from typing import Any
 from attune_worker.jobs import Job
 from attune_worker.models.adaptive import AdaptiveModelRouter
 from attune_worker.models.admission import SETTLE, Admission
+from attune_worker.models.admission_wire import Settlement
 from attune_worker.models.calls import Outcome, Permit, Quote
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.models.routing import candidates
@@ -115,7 +116,7 @@ def _elsewhere(model: ModelInfo) -> str | None:
     return None if model.provider == "sim" else "is not asked here"
 
 
-def _settlement(admission: Admission, model: ModelInfo, number: int) -> tuple[list[str], str]:
+def _settlement(admission: Admission, model: ModelInfo, number: int) -> Settlement:
     """Return the SETTLE of a call, as a worker would send it."""
     draw = random.Random(number)
     job = Job(task_type="fix_bug", prompt=PROMPTS[0])
@@ -128,5 +129,5 @@ def _settlement(admission: Admission, model: ModelInfo, number: int) -> tuple[li
     return admission._wire.settle(permit, outcome, admission._now_ms())  # noqa: SLF001  # one round trip each: an hour
 
 
-def _renamed(keys: list[str], text: str, call_id: str) -> tuple[list[str], list[str]]:
-    return [keys[0].replace("CALL-ID", call_id), *keys[1:]], [text.replace("CALL-ID", call_id)]
+def _renamed(keys: list[str], texts: Sequence[str], call_id: str) -> tuple[list[str], list[str]]:
+    return [keys[0].replace("CALL-ID", call_id), *keys[1:]], [text.replace("CALL-ID", call_id) for text in texts]

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -45,8 +45,11 @@ logger = logging.getLogger(__name__)
 ADMIT = Script("admit", "values", "breaker", "limits", "budget")
 SETTLE = Script("settle", "values", "breaker", "limits", "budget", "telemetry", "ledger")
 
-LOST_LEASE_SECONDS = 0.5
-"""When to ask again for a call of a worker whose lease does not hold: it may only have been late."""
+JOB_SECONDS = 0.5
+"""When to ask again for a call of a job while Redis is away: its thread could begin nothing else either."""
+
+LONGEST_OUTAGE_WAIT_SECONDS = 5.0
+"""How long after Redis is back calls may still be refused, or settlements kept."""
 
 LEASE_MARGIN_SECONDS = 30.0
 """How much longer than a call may take its slot and its probe are held for it."""
@@ -66,14 +69,12 @@ NO_ROOM = ("OOM", "MISCONF", "READONLY", "LOADING", "BUSY", "NOREPLICAS", "MASTE
 class Admission:
     """Asks leave for the calls of one process and settles them; safe for use from many threads."""
 
-    def __init__(self, settings: Settings, holds: Callable[[str], bool] | None = None) -> None:
-        """``holds`` says of a worker's lease whether it still holds, as far as this process knows."""
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._holds = holds or (lambda _lease: True)
         self._redis = connect(settings)
         self._lease_ms = round((settings.http.request_timeout_seconds + LEASE_MARGIN_SECONDS) * 1000)
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
-        self._outage = Outage()
+        self._outage = Outage(longest_wait_seconds=LONGEST_OUTAGE_WAIT_SECONDS)
         self._local = LocalCircuits(settings.breaker)
         self._unsettled = Backlog(self._write_all, self._outage)
         self._clock_offset_ms = 0.0
@@ -171,11 +172,11 @@ class Admission:
         return _permit(request, request.quotes[place], charged[place], admitted_ms)
 
     def _own_verdict(self, request: Request, charged: Charged) -> Permit | Refusal:
-        """Decide without Redis: by this process's own view of the circuits, and never against a hard budget."""
+        """Decide without Redis, by what this process has seen: not for a job, nor against a hard budget."""
         if self._unsettled.full:
             return Refusal("Redis is away, and no more settlements can be kept", WITHOUT_REDIS_SECONDS)
-        if request.lease and not self._holds(request.lease):
-            return Refusal("the lease of its worker is lost, as far as this process knows", LOST_LEASE_SECONDS)
+        if request.lease:  # should its worker die, nobody would know of the call
+            return Refusal("Redis is away, and no call of a job is begun that it does not know of", JOB_SECONDS)
         waits = []
         for quote, budgets in zip(request.quotes, charged, strict=True):
             if any(one.hard_nano is not None for one in budgets):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -93,14 +93,12 @@ class EmpathyLLMExecutor:
         self,
         settings: Settings | None = None,
         registry: Registry | None = None,
-        holds: Callable[[str], bool] | None = None,
     ) -> None:
-        """``holds`` says whether a worker's lease still holds, as far as this process knows; see ``execute``."""
         self.settings = settings or get_settings()
         self.registry = registry or Registry.from_settings(self.settings)
         self.router = AdaptiveModelRouter(self.settings, self.registry)
         self._sender = HttpSender(self.settings.http)
-        self._admission = Admission(self.settings, holds)
+        self._admission = Admission(self.settings)
         self._caller = Caller(self.settings, self.registry, self.router, self._admission.settle_later)
 
     def run(
@@ -149,8 +147,8 @@ class EmpathyLLMExecutor:
         """Answer ``job`` within ``timeout_seconds``, or within the configured time if that is shorter.
 
         ``attempts`` were made in earlier starts of the job. With ``patience_seconds``, ``NotNowError`` is raised
-        instead of a longer wait. Under a worker's ``lease`` no call begins once that is lost. ``StoppedError`` is
-        raised when ``interruption`` stops the job: a call under way is cut off.
+        instead of a longer wait. Under a worker's ``lease`` no call begins once that is lost, nor while Redis is
+        away. ``StoppedError`` is raised when ``interruption`` stops the job: a call under way is cut off.
         """
         interruption = interruption or Interruption()
         flow = self._caller.flow(Start(job, job_id, timeout_seconds, tuple(attempts), patience_seconds, lease))

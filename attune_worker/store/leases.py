@@ -11,11 +11,11 @@ from attune_worker.store.connection import RedisClient, close_idle, connect, rea
 from attune_worker.store.keys import FleetKeys
 from attune_worker.store.scripts import Script
 
-BEAT = Script("beat", "values")
-JUDGE = Script("judge", "values")
+BEAT = Script("beat", "values", "vigil")
+JUDGE = Script("judge", "values", "vigil")
 
 UNWATCHED_SECONDS = 5.0
-"""Nobody was watching for so long: what ran out meanwhile says nothing of who held it."""
+"""Nothing was heard of any worker for so long: what ran out meanwhile says nothing of who held it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +46,22 @@ class Leases:
     def beat(self, lease: str, seconds: float, *, again: bool) -> bool:
         """Hold ``lease`` for so long from now; False: it was held before (``again``) and has been taken away."""
         with reaching(self._settings):
-            return bool(BEAT(self._redis, (self._keys.workers,), (lease, round(seconds * 1000), int(again))))
+            return bool(self._beat(lease, seconds, int(again)))
 
     def drop(self, lease: str) -> None:
         """Give the lease up: its worker ends."""
         with reaching(self._settings):
-            BEAT(self._redis, (self._keys.workers,), (lease, 0, 0))
+            self._beat(lease, 0.0, 0)
 
     def judge(self, seconds: float) -> Judgement:
         """Take the leases away that were not renewed in time; ``seconds`` is how long one lasts.
 
-        To be called at least every quarter of that: after a longer silence nobody is judged for one lease's time.
+        After a silence of ``UNWATCHED_SECONDS``, or half a lease, in which no worker was heard of, nobody is judged
+        for one lease's time.
         """
-        unwatched_ms = round(min(UNWATCHED_SECONDS, seconds / 2) * 1000)
         with reaching(self._settings):
             now_ms, steady, died, live = JUDGE(
-                self._redis, (self._keys.workers, self._keys.sweep), (round(seconds * 1000), unwatched_ms)
+                self._redis, (self._keys.workers, self._keys.sweep), (round(seconds * 1000), _unwatched_ms(seconds))
             )
         return Judgement(
             datetime.fromtimestamp(now_ms / 1000, UTC),
@@ -81,9 +81,18 @@ class Leases:
         now_seconds = int(time[0]) + int(time[1]) / 1_000_000
         return {_text(lease): end_ms / 1000 - now_seconds for lease, end_ms in found}
 
+    def _beat(self, lease: str, seconds: float, again: int) -> int:
+        arguments = (lease, round(seconds * 1000), again, _unwatched_ms(seconds))
+        answer: int = BEAT(self._redis, (self._keys.workers, self._keys.sweep), arguments)
+        return answer
+
     def close(self) -> None:
         """Give the connection back."""
         close_idle(self._redis)
+
+
+def _unwatched_ms(lease_seconds: float) -> int:
+    return round(min(UNWATCHED_SECONDS, lease_seconds / 2) * 1000)
 
 
 def _text(raw: bytes) -> str:

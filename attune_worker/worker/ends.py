@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import TypeVar
 
 from attune_worker.errors import ServiceUnavailableError
@@ -51,6 +53,8 @@ class Ends:
         self._lock = threading.Lock()
         self._characters = 0
         self._closing = threading.Event()
+        self._news: SimpleQueue[Callable[[], object] | None] = SimpleQueue()  # None: there will be no more
+        self._teller: threading.Thread | None = None
 
     def write(self, write: Callable[[], T], characters: int = 0, then: Callable[[T], object] | None = None) -> T | None:
         """Return what ``write`` returns; None: Redis is away, and it is written when Redis is back.
@@ -73,7 +77,7 @@ class Ends:
                     self._outage.succeeded()
                     return answer
             if self._closing.is_set() or (time.monotonic() > gives_up and self._room(characters)):
-                self.keep(write if then is None else lambda: then(write()), characters)
+                self.keep(write if then is None else lambda: self._tell(then, write()), characters)
                 return None
             self._closing.wait(PAUSE_SECONDS)
 
@@ -85,13 +89,31 @@ class Ends:
 
     def close(self, seconds: float) -> None:
         """Write what is left within ``seconds``, and say how much could not be."""
+        gives_up = time.monotonic() + seconds
         self._closing.set()
         self._kept.close(seconds)
+        if self._teller is not None:
+            self._news.put(None)
+            self._teller.join(max(0.0, gives_up - time.monotonic()))
 
     def hurry(self) -> None:
         """Try again and again from now on: this process ends."""
         self._closing.set()
         self._kept.hurry()
+
+    def _tell(self, then: Callable[[T], object], answer: T) -> None:
+        """Have somebody told, in a thread of its own: they may wait for another service, and the ends shall not."""
+        self._news.put(partial(then, answer))
+        if self._teller is None:
+            self._teller = threading.Thread(target=self._tell_all, name="attune-ends-told", daemon=True)
+            self._teller.start()
+
+    def _tell_all(self) -> None:
+        while (tell := self._news.get()) is not None:
+            try:
+                tell()
+            except Exception:  # the edge: one must not keep the others from hearing
+                logger.exception("the end of a job is written, but not everybody could be told")
 
     def _room(self, characters: int) -> bool:
         return len(self._kept) < MAX_KEPT and self._characters + characters <= self._max_characters

@@ -69,6 +69,7 @@ def begin(sender: Any, **_: Any) -> None:
         )
     else:
         _prepare_shutdown(_own_shutdown(sender.app, grace_seconds))
+        runner_of(sender.app).begin()
     for name in ("SIGTERM", "SIGINT", "SIGQUIT"):
         # Celery would answer the harder signals by dropping what runs: a job that is handed back is as quick.
         install_worker_term_handler(sender.controller, sig=name, how="Warm", callback=None, exitcode=os.EX_OK)
@@ -80,6 +81,7 @@ def begin_child(**_: Any) -> None:
     if hasattr(current_app, "attune_settings"):
         shutdown = _own_shutdown(current_app, None)
         _prepare_shutdown(shutdown)
+        runner_of(current_app).begin()
         signal.signal(CHILD_SIGNAL, lambda *_: shutdown.request())
 
 

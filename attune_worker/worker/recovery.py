@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from attune_worker.jobs import Attempt, JobStatus
@@ -99,7 +99,8 @@ class Recovery:
             self._take_over(*self._lost.popleft(), judgement)  # one that fails is found again by the next audit
 
     def _take_over(self, job_id: str, lease: str, judgement: Judgement) -> None:
-        attempts = self._orphans.of_job(job_id, lease)
+        calls = self._orphans.of_job(job_id, lease)
+        attempts = history(self._records.read([job_id])[0].progress, calls)
         status = self._records.take_over(job_id, lease, attempts, _evidence(lease, attempts, judgement))
         if status is None:
             return
@@ -111,6 +112,22 @@ class Recovery:
         for lease, jobs in self._jobs_of.items():
             logger.warning("worker %s was lost; %d of its jobs were taken over", lease, jobs)
         self._jobs_of.clear()
+
+
+def history(known: Sequence[Attempt], calls: Sequence[Attempt]) -> tuple[Attempt, ...]:
+    """Return a job's attempts: its record's, and what its ``calls`` tell of them and of those after them.
+
+    What became of a call may be told later than its record was written; how its model was chosen only the record has.
+    """
+    recorded = {attempt.call_id: attempt for attempt in known}
+    told = {call.call_id for call in calls}
+    return (
+        *(attempt for attempt in known if attempt.call_id not in told),
+        *(
+            call.model_copy(update={"decision": recorded[call.call_id].decision}) if call.call_id in recorded else call
+            for call in calls
+        ),
+    )
 
 
 def _evidence(lease: str, attempts: tuple[Attempt, ...], judgement: Judgement) -> str:

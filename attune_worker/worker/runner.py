@@ -70,9 +70,13 @@ class Runner:
         self._submission = Submission(settings)
         self._inbox = Inbox(settings)
         self._lease = Lease(settings)
-        self._executor = EmpathyLLMExecutor(settings, holds=self._lease.holds)
+        self._executor = EmpathyLLMExecutor(settings)
         self._starts = Starts(self._records, self._inbox, self._lease)
         self._ends = Ends()
+
+    def begin(self) -> None:
+        """Hold the lease from now on, though there is no job yet: others see that this process lives."""
+        self._lease.start()
 
     def run(self, job_id: str, later: Callable[[JobResult], object] | None = None) -> JobResult:
         """Run the job unless it has ended or runs elsewhere, and return where it stands then.
@@ -88,7 +92,7 @@ class Runner:
             if not isinstance(claim, Claim):
                 if claim is JobStatus.UNKNOWN:
                     raise JobNotFoundError(job_id)
-                return self._records.read([job_id])[0].to_result()
+                return self._patiently(lambda: self._records.read([job_id])[0]).to_result()
             try:
                 ended = self._execute(start, claim)
             except BaseException:  # the thread itself is to end: the job is not ours any more

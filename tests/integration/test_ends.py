@@ -20,7 +20,7 @@ from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.worker.ends import Ends
-from tests.conftest import API_KEY, Environ, Until
+from tests.conftest import API_KEY, PATIENCE_SECONDS, Environ, Until
 
 SOON = 30.0
 MODEL = "gpt-6-luna"
@@ -131,6 +131,18 @@ def test_end_that_is_kept_is_told_when_it_is_written(own_server: EmbeddedRedis, 
     own_server.start()
     until(lambda: sorted(told) == ["three", "two"])
     assert sorted(server.written) == ["one", "three", "two"]
+
+
+def test_telling_somebody_who_is_slow_to_hear_holds_up_no_other_end(own_server: EmbeddedRedis, until: Until) -> None:
+    """Celery's result backend may still be away when the records are back."""
+    ends, server, silent = Ends(patience_seconds=0.0), Switched(own_server.url), threading.Event()
+    own_server.stop()
+    for word in ("one", "two", "three"):
+        ends.write(lambda word=word: server.write(word), then=lambda _: silent.wait(PATIENCE_SECONDS))
+    own_server.start()
+    until(lambda: sorted(server.written) == ["one", "three", "two"])
+    silent.set()
+    ends.close(SOON)
 
 
 def test_memory_is_bounded(own_server: EmbeddedRedis, until: Until) -> None:

@@ -12,7 +12,7 @@ from redis import Redis
 
 from attune_worker.app import make_app
 from attune_worker.client import Client
-from attune_worker.jobs import Job, JobResult, JobStatus
+from attune_worker.jobs import Attempt, Decision, Job, JobResult, JobStatus
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
@@ -20,7 +20,7 @@ from attune_worker.store.keys import FleetKeys, new_job_id
 from attune_worker.store.leases import Leases
 from attune_worker.store.records import Claim, Finish, Records
 from attune_worker.worker.liveness import Lease
-from attune_worker.worker.recovery import TAKE_OVER_BATCH, Recovery
+from attune_worker.worker.recovery import TAKE_OVER_BATCH, Recovery, history
 from attune_worker.worker.sweeper import Sweeper
 from tests.conftest import API_KEY
 
@@ -296,3 +296,22 @@ def wake_ups(app: Celery) -> list[str]:
                 return found
             found.append(message.headers["id"])
             message.ack()
+
+
+def attempt_of(call_id: str | None, outcome: str, decision: Decision | None = None) -> Attempt:
+    return Attempt.model_validate(
+        {"model_id": "m", "provider": "p", "tier": "cheap", "outcome": outcome, "latency_ms": 1, "call_id": call_id}
+    ).model_copy(update={"decision": decision})
+
+
+def test_history_has_each_call_once_with_what_either_side_knows() -> None:
+    """The record knows how the model was chosen, the calls know how they went; a call without Redis is kept."""
+    decision = Decision(rule="static", workflow="w", stage="s", floor=0.8)
+    known = [attempt_of("unlisted", "failed"), attempt_of("a", "orphaned", decision)]
+    calls = [attempt_of("a", "succeeded"), attempt_of("b", "orphaned")]
+    merged = history(known, calls)
+    assert [(one.call_id, one.outcome, one.decision) for one in merged] == [
+        ("unlisted", "failed", None),
+        ("a", "succeeded", decision),
+        ("b", "orphaned", None),
+    ]

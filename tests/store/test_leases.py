@@ -107,6 +107,20 @@ def test_gap_in_watching_starts_the_time_anew(leases: Leases, settings: Settings
     assert (judgement.steady, judgement.died) == (False, ())
 
 
+def test_a_sweep_that_was_slow_is_no_gap_while_workers_say_that_they_live(
+    leases: Leases, settings: Settings, redis: Redis
+) -> None:
+    """One that lives is as good a sign as a look that everybody had the chance to say so."""
+    leases.beat("dead", 0.001, again=False)
+    leases.judge(LONG)
+    shift(redis, settings, "steady_ms", -round(LONG * 1000))
+    for _ in range(3):
+        shift(redis, settings, "last_ms", -4_000)
+        leases.beat("alive", LONG, again=False)
+    judgement = leases.judge(LONG)
+    assert (judgement.steady, judgement.died) == (True, ("dead",))
+
+
 def test_change_of_the_leader_is_no_gap(leases: Leases, settings: Settings, redis: Redis) -> None:
     """It takes four seconds, and a worker that died together with the leader is found in its time."""
     leases.beat("a", 0.001, again=False)

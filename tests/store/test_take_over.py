@@ -32,7 +32,7 @@ def lost(records: Records, job_id: str, lease: str = LEASE, evidence: str = "it 
 def test_job_of_a_dead_worker_waits_and_is_due_at_once(
     records: Records, settings: Settings, redis: Redis, keys: Any
 ) -> None:
-    """The next sweep wakes it, and whoever claims it knows what its calls were."""
+    """The next sweep wakes it before jobs that have not begun, and whoever claims it knows what its calls were."""
     job_id = accepted(records)
     first = claimed(records, job_id)
     assert lost(records, job_id, evidence="worker\n  a  was lost") is JobStatus.WAITING
@@ -42,7 +42,7 @@ def test_job_of_a_dead_worker_waits_and_is_due_at_once(
     assert indexes_of(redis, keys(job_id), job_id) == {"due"}
     assert redis.ttl(keys(job_id).record) == -1
     due_jobs = DueJobs(settings)
-    assert due_jobs.take().jobs == [(job_id, 5)]
+    assert due_jobs.take().jobs == [(job_id, 0)]
     due_jobs.close()
     second = claimed(records, job_id, "worker-2", OTHER_LEASE)
     assert (second.attempts, second.crashes) == ((ORPHAN,), 1)

@@ -26,7 +26,7 @@ if not again then
   started_ms = number(started_ms, now_ms)
   redis.call('HSET', RECORD, 'state', 'running', 'owner', ARGV[2], 'fence', integer(fence),
     'attempts', integer(number(attempts, 0) + 1), 'started_ms', integer(started_ms))
-  redis.call('HDEL', RECORD, 'due_ms', 'reason')
+  redis.call('HDEL', RECORD, 'due_ms', 'reason', 'ahead')
   leave(ARGV[1], state)
 end
 redis.call('HSET', RECORD, 'worker', ARGV[3], 'channel', ARGV[4])

@@ -1,23 +1,16 @@
 -- JUDGE: which workers live, and which have died? A lease that has run out is removed, and never comes back.
 -- Nobody is judged who had no chance to speak: while Redis was away, or the whole fleet stood still, leases ran out
--- of themselves. So there must have been a look at least every so often for as long as a lease.
+-- of themselves. So somebody must have looked, or said that it lives, every so often for as long as a lease.
 --
 -- KEYS  1 workers: lease -> its end, ms  2 sweep
--- ARGV  1 length of a lease in ms  2 ms between two looks from which on nobody was watching
+-- ARGV  1 length of a lease in ms  2 ms of silence from which on nobody had a chance
 -- Returns {now_ms, '1' when leases were judged else '0', {leases that have run out just now}, {leases that are left}}
 -- TTL   sweep: a day
-local DAY_SECONDS = 86400
 local LONGEST_LEASE_MS = 600000
 local MOST_AT_ONCE = 100
 local now = now_in_ms()
 local lease_ms = tonumber(ARGV[1])
-local last, steady = unpack(read(KEYS[2], 'last_ms', 'steady_ms'))
-last, steady = number(last, -1), number(steady, now)
-if last < 0 or now < last or now - last > tonumber(ARGV[2]) then
-  steady = now
-end
-redis.call('HSET', KEYS[2], 'last_ms', integer(now), 'steady_ms', integer(steady))
-redis.call('EXPIRE', KEYS[2], DAY_SECONDS)
+local steady = vigil(KEYS[2], now, tonumber(ARGV[2]))
 
 own(KEYS[1], 'zset')
 -- After a failover this clock may be behind the one that a lease was written by.

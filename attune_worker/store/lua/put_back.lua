@@ -25,6 +25,9 @@ if deadline_ms > 0 then
   due_ms = math.min(due_ms, deadline_ms)
 end
 redis.call('HSET', RECORD, 'state', 'waiting', 'due_ms', integer(due_ms), 'reason', ARGV[4])
+if tonumber(ARGV[3]) == 0 then -- its worker ends: what has begun goes before what has not
+  redis.call('HSET', RECORD, 'ahead', 1)
+end
 redis.call('HDEL', RECORD, 'channel')
 leave(ARGV[1], state)
 wait_until(ARGV[1], due_ms)

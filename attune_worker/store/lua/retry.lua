@@ -20,7 +20,7 @@ if deadline_ms > 0 then
   deadline_ms = now_ms + math.max(deadline_ms - number(accepted_ms, deadline_ms), 0)
 end
 redis.call('HDEL', RECORD, 'result', 'progress', 'reason', 'due_ms', 'started_ms', 'ended_ms', 'cancelled_ms',
-  'crashes', 'lost', 'owner', 'worker', 'channel')
+  'crashes', 'lost', 'ahead', 'owner', 'worker', 'channel')
 redis.call('HSET', RECORD, 'state', 'queued', 'attempts', 0, 'accepted_ms', integer(now_ms),
   'deadline_ms', integer(deadline_ms), 'retried', ARGV[2], 'retried_from', state)
 redis.call('PERSIST', RECORD)

@@ -28,7 +28,7 @@ if ending then
   end_job(ARGV[1], state, ending, now_ms, ARGV[7])
   return ending
 end
-redis.call('HSET', RECORD, 'state', 'waiting', 'due_ms', integer(now_ms), 'reason', ARGV[6])
+redis.call('HSET', RECORD, 'state', 'waiting', 'due_ms', integer(now_ms), 'reason', ARGV[6], 'ahead', 1)
 leave(ARGV[1], state)
 wait_until(ARGV[1], now_ms)
 return 'waiting'

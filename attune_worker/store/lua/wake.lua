@@ -3,8 +3,9 @@
 --
 -- KEYS  1 record  2 queued index  3 running index  4 due index  5 dead index  6 ended index  7 waiters
 -- ARGV  1 job id  2 ms after which it is due again at the earliest  3 and at the latest  4 retention in seconds
--- Returns the job's priority, or -1 when it needs no wake-up.
-local state, due_ms, deadline_ms, priority = unpack(read(RECORD, 'state', 'due_ms', 'deadline_ms', 'priority'))
+-- Returns the job's priority, 0 (the most urgent) for one that lost its worker, or -1 when it needs no wake-up.
+local state, due_ms, deadline_ms, priority, ahead =
+  unpack(read(RECORD, 'state', 'due_ms', 'deadline_ms', 'priority', 'ahead'))
 local now_ms = now_in_ms()
 deadline_ms = number(deadline_ms, 0)
 local queued = state == 'queued' and deadline_ms > 0
@@ -24,4 +25,4 @@ if queued then
 end
 local again_ms = math.max(tonumber(ARGV[2]), math.min(now_ms - number(due_ms, now_ms), tonumber(ARGV[3])))
 redis.call('ZADD', DUE, 'XX', integer(now_ms + again_ms), ARGV[1])
-return math.min(math.max(math.floor(number(priority, 5)), 0), 9)
+return ahead and 0 or math.min(math.max(math.floor(number(priority, 5)), 0), 9)

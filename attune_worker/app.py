@@ -17,6 +17,10 @@ from attune_worker.settings import Settings
 
 THREAD_POOL = "attune_worker.worker.pool:ThreadPool"
 RESULT_BACKEND = "attune_worker.worker.backend:SharedRedisBackend"
+AMQP_PREFETCH = 1
+"""Messages that RabbitMQ sends to a worker before it has begun with them: so many wait if its threads are busy."""
+
+DISPATCHER = "attune_worker.worker.events:Dispatcher"
 RUN_JOB = "attune_worker.run_job"
 SUBMIT_JOB = "attune_worker.submit_job"
 CONSUMER = "attune_worker.worker.consumer:Consumer"
@@ -34,6 +38,7 @@ def make_app(settings: Settings) -> Celery:
     app = Celery("attune_worker", include=["attune_worker.worker.tasks"])
     app.loader.override_backends = {"redis": RESULT_BACKEND, "rediss": RESULT_BACKEND}
     app.conf.update(_configuration(settings))
+    app.events.dispatcher_cls = DISPATCHER
     app.steps["consumer"].add(LIVENESS)
     app.attune_settings = settings
     return app

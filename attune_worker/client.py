@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from typing import Any, Self, TypeVar
 
 from celery import Celery
+from pydantic import SecretStr
 
 from attune_worker.app import make_app
 from attune_worker.errors import InvalidJobError, JobNotFoundError, ServiceUnavailableError
@@ -20,6 +21,7 @@ from attune_worker.inbox import Inbox
 from attune_worker.jobs import Job, JobResult, JobStatus
 from attune_worker.results import Gathering, await_for, wait_for
 from attune_worker.settings import Settings, get_settings
+from attune_worker.store.connection import reaching
 from attune_worker.store.records import Acceptance, Records
 from attune_worker.submission import Submission
 from attune_worker.telemetry.store import Telemetry
@@ -84,6 +86,21 @@ class Client:
         It does no harm: a job that has ended, or runs, is left alone.
         """
         send_wake_ups(self._app, [(job_id, DEFAULT_PRIORITY) for job_id in job_ids])
+
+    def retry(self, job_ids: Iterable[str]) -> dict[str, JobStatus | None]:
+        """Run jobs again that are dead, failed, expired or cancelled, as if they were new; return what they were.
+
+        None for one that cannot be: it is under way, has succeeded, is unknown, or what was submitted is gone. What
+        the earlier calls have cost stays in the ledger.
+        """
+        before = {job_id: self.records.retry(job_id) for job_id in job_ids}
+        again = [job_id for job_id, status in before.items() if status is not None]
+        backend = self.settings.model_copy(update={"redis_url": SecretStr(self.settings.backend)})
+        with reaching(backend):
+            for job_id in again:
+                self._app.AsyncResult(job_id).forget()  # Celery would keep what it has
+        self.wake(again)
+        return before
 
     def check(self, job: Mapping[str, Any] | Job) -> Job:
         """Return the job, or raise ``InvalidJobError`` if it could not be submitted; writes nothing."""
@@ -233,6 +250,10 @@ class AsyncClient:
     async def wake(self, job_ids: Iterable[str]) -> None:
         """As ``Client.wake``."""
         await self._call(lambda: self._client.wake(job_ids))
+
+    async def retry(self, job_ids: Iterable[str]) -> dict[str, JobStatus | None]:
+        """As ``Client.retry``."""
+        return await self._call(lambda: self._client.retry(job_ids))
 
     async def as_completed(
         self, handles: Iterable[AsyncJobHandle], timeout: float | None = None

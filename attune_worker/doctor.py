@@ -13,7 +13,7 @@ from importlib.metadata import version
 from statistics import median
 from typing import Any
 
-from attune_worker.app import make_app
+from attune_worker.app import is_amqp, make_app
 from attune_worker.errors import ServiceUnavailableError
 from attune_worker.jobs import JobStatus
 from attune_worker.models.price_list import get_pricing
@@ -21,7 +21,6 @@ from attune_worker.models.registry import Registry
 from attune_worker.origins import settings_file
 from attune_worker.settings import Settings, masked
 from attune_worker.store.connection import RedisClient, connect, reaching
-from attune_worker.store.keys import FleetKeys
 from attune_worker.store.leases import Leases
 from attune_worker.store.records import Records
 from attune_worker.store.server import NO_EVICTION, OLDEST_VERSION, Server, look_at
@@ -85,6 +84,7 @@ def findings(settings: Settings, environ: Mapping[str, str] = os.environ) -> Ite
         away = settings.redis_url.get_secret_value()
     if settings.broker != away:
         yield _broker(settings, queued)
+        yield from _eviction_of_broker(settings)
     yield from _backend(settings)
 
 
@@ -216,14 +216,10 @@ def _jobs(counts: Mapping[JobStatus, int]) -> Iterator[Finding]:
 
 
 def _workers(settings: Settings, redis: RedisClient) -> Finding:
-    """Tell of the processes that have run jobs, which hold leases, and of the one that watches over all."""
+    """Tell of the processes that run jobs: each holds a lease from its start."""
     live = [lease for lease, seconds in Leases(settings, redis).live().items() if seconds > 0]
-    with reaching(settings):
-        sweeping = redis.exists(FleetKeys(settings.namespace).sweeper)
     if live:
-        return Finding("workers", Level.OK, f"{len(live)} alive that run jobs: {', '.join(sorted(live))}")
-    if sweeping:
-        return Finding("workers", Level.OK, "alive, and none has run a job since it started")
+        return Finding("workers", Level.OK, f"{len(live)} alive: {', '.join(sorted(live))}")
     return Finding("workers", Level.WARNING, "none is alive: jobs wait", "Start one: attune-worker worker")
 
 
@@ -238,6 +234,18 @@ def _broker(settings: Settings, queued: int | None) -> Finding:
         return Finding("broker", Level.OK, text)
     lost = f"; workers send the {queued - messages} missing ones again" if queued > messages else ""
     return Finding("broker", Level.OK, f"{text} for {queued} queued jobs{lost}")
+
+
+def _eviction_of_broker(settings: Settings) -> Iterator[Finding]:
+    """Look at a broker that is a Redis of its own: it holds the only copy of what is submitted as a Celery task."""
+    if settings.broker_url is None or settings.broker == settings.redis_url.get_secret_value() or is_amqp(settings):
+        return
+    elsewhere = settings.model_copy(update={"redis_url": settings.broker_url})
+    try:
+        with closing(connect(elsewhere, max_connections=1)) as redis:
+            yield from (_eviction(server) for server in look_at(redis, elsewhere))
+    except ServiceUnavailableError as error:
+        yield Finding("eviction", Level.UNKNOWN, error.message, "Look at maxmemory-policy of the broker.")
 
 
 def _backend(settings: Settings) -> Iterator[Finding]:

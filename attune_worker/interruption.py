@@ -18,6 +18,8 @@ class Interruption:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._cut: Callable[[], object] | None = None
+        self._entitled: Callable[[], bool] = _always
+        self._without = ""
         self.cut_off = False
         """Whether a call under way is broken off as well."""
         self.reason = ""
@@ -42,6 +44,21 @@ class Interruption:
             if self._cut is not None:
                 self._cut()
 
+    def only_while(self, entitled: Callable[[], bool], reason: str) -> None:
+        """Have a call begin only while ``entitled`` says so; else the job winds down for ``reason``.
+
+        It is asked just before each call, so it must not wait for anything.
+        """
+        with self._lock:
+            self._entitled, self._without = entitled, reason
+
+    def may_begin(self) -> bool:
+        """Return whether a call may begin now: from here on nothing but time is between the answer and the call."""
+        with self._lock:
+            if not self._entitled():
+                self._give(self._without)
+        return not self.stopped
+
     def wait(self, seconds: float) -> bool:
         """Let that much time pass, or less: return whether the job was stopped."""
         return self._stopped.wait(seconds)
@@ -64,3 +81,7 @@ class Interruption:
     def _give(self, reason: str) -> None:
         self.reason = self.reason or reason
         self._stopped.set()
+
+
+def _always() -> bool:
+    return True

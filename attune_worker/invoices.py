@@ -48,7 +48,8 @@ class InvoiceLine:
     """What a provider charges for one call, or for ``calls`` of a ``day`` (UTC) together.
 
     ``client_request_id`` is the id that the caller gave the call, ``request_id`` the provider's. ``cost_usd`` is to
-    the nano-dollar, and None where the line has no price.
+    the nano-dollar, and None where the line has no price; ``calls`` is None where it does not say. Raises
+    ``ValueError`` for less than nothing: a credit would hide what other lines charge.
     """
 
     model_id: str
@@ -58,7 +59,12 @@ class InvoiceLine:
     day: date | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
-    calls: int = 1
+    calls: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = (self.cost_usd, self.input_tokens, self.output_tokens, self.calls)
+        if any(count is not None and count < 0 for count in counts):
+            raise ValueError("a line charges for nothing at least: no amount and no count is negative")
 
 
 def read_invoice(path: Path | str, columns: Mapping[str, str] | None = None) -> list[InvoiceLine]:
@@ -162,7 +168,7 @@ class _Row:
 
     def read(self) -> InvoiceLine:
         model_id = self._value("model", _text, "a model's id")
-        cost_usd = self._value("cost_usd", _amount, "an amount in USD, such as 0.0125")
+        cost_usd = self._value("cost_usd", _amount, "an amount in USD, 0 or more, such as 0.0125")
         input_tokens = self._value("input_tokens", _whole, "a whole number")
         output_tokens = self._value("output_tokens", _whole, "a whole number")
         own_id, request_id = (self._value(name, _text, "an id") for name in ("client_request_id", "request_id"))
@@ -174,8 +180,7 @@ class _Row:
         if own_id is None and request_id is None and day is None:
             raise self._error("client_request_id", "is missing, and so are request_id and day: whose line is it?")
         calls = self._value("calls", _whole, "a whole number")
-        counted = 1 if calls is None else calls
-        return InvoiceLine(model_id, cost_usd, own_id, request_id, day, input_tokens, output_tokens, counted)
+        return InvoiceLine(model_id, cost_usd, own_id, request_id, day, input_tokens, output_tokens, calls)
 
     def _value(self, name: str, read: Callable[[Any], T], wanted: str) -> T | None:
         value = self.values.get(self.names[name])
@@ -200,10 +205,11 @@ def _amount(value: Any) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
         raise ValueError(value)  # noqa: TRY004  # as above
     try:
-        amount = Decimal(value).quantize(NANO_USD, ROUND_HALF_EVEN)
+        exact = Decimal(value)
+        amount = exact.quantize(NANO_USD, ROUND_HALF_EVEN)
     except InvalidOperation:  # no number, infinite, or beyond any bill
         raise ValueError(value) from None
-    if not amount.is_finite():
+    if not amount.is_finite() or exact < 0:
         raise ValueError(value)
     return amount
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from chaos_bill import bill_agrees, uncertain_figures
 from chaos_checks import (
+    RECOVERY_SLACK_SECONDS,
     Answer,
     Check,
     Recovery,
@@ -23,6 +24,7 @@ from chaos_checks import (
     ended_once,
     extras_are_explained,
     recovered_in_time,
+    workers_end_when_told,
 )
 from chaos_contenders import CONCURRENCY, Findings, Order, Seen, Services, laid_over
 from chaos_extras import extras, pid_of
@@ -49,9 +51,6 @@ USD_PER_FRUGAL_JOB = Decimal("0.00001")
 
 FRUGAL_MAX_TOKENS = 64
 """So that what is reserved for a call is in proportion to its budget."""
-
-RECOVERY_SLACK_SECONDS = 10.0
-"""Jobs of a killed worker are to run again so long after its lease has run out."""
 
 BATCH = 500
 
@@ -141,8 +140,8 @@ class AttuneWorker:
         if not any(record.call_id in seen.journal.calls for record in written):
             raise BenchmarkError("the journal of Redis shows none of the calls in the ledger: is it read right?")
         recoveries = list(self._recoveries(seen))
-        crashes = {job_id: record.crashes for job_id, record in records.items()}
-        found = list(extras(seen, written, crashes))
+        lease_seconds = self._services.pace.lease_seconds
+        found = list(extras(seen, written, records, lease_seconds))
         statuses = {job_id: record.status for job_id, record in records.items()}
         answers = list(self._answers(results))
         checks = [
@@ -151,13 +150,14 @@ class AttuneWorker:
             answers_are_right(answers),
             bill_agrees(written, seen.bill),
             self._budget(seen, written, results),
-            recovered_in_time(recoveries, self._services.pace.lease_seconds + RECOVERY_SLACK_SECONDS),
+            recovered_in_time(recoveries, lease_seconds + RECOVERY_SLACK_SECONDS),
             extras_are_explained(found),
+            workers_end_when_told(seen.lives),
         ]
         errors = Counter(result.error.type for result in results.values() if result.error is not None)
         figures = {
             "errors": dict(errors),
-            "jobs_by_crashes": dict(Counter(crashes.values())),
+            "jobs_by_crashes": dict(Counter(record.crashes for record in records.values())),
             "jobs_by_starts": dict(Counter(record.attempts for record in records.values())),
             "messages": f"{seen.journal.messages:,}",
             "ledger_entries": f"{len(written):,}",

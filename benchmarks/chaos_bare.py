@@ -12,6 +12,7 @@ from pathlib import Path
 import bare_celery
 from celery import Celery
 from chaos_checks import (
+    RECOVERY_SLACK_SECONDS,
     Answer,
     Extra,
     Recovery,
@@ -21,6 +22,7 @@ from chaos_checks import (
     ended_once,
     extras_are_explained,
     recovered_in_time,
+    workers_end_when_told,
 )
 from chaos_contenders import CONCURRENCY, Findings, Order, Seen, Services, laid_over
 from chaos_fleet import Life
@@ -131,8 +133,9 @@ class BareCelery:
             all_ended(statuses),
             ended_once(statuses, seen.journal.ends),
             answers_are_right(answers),
-            recovered_in_time(recoveries, self._services.pace.lease_seconds + 10),
+            recovered_in_time(recoveries, self._services.pace.lease_seconds + RECOVERY_SLACK_SECONDS),
             extras_are_explained(extras),
+            workers_end_when_told(seen.lives),
         ]
         tally = Tally.of(statuses, seen.journal.ends, answers, extras)
         return Findings(tally, checks, recoveries, extras, {"messages": f"{seen.journal.messages:,}"})

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from decimal import Decimal
 from statistics import median
 
+from chaos_fleet import BY_ITSELF, DID_NOT_END, Life
+
 from attune_worker.jobs import JobStatus
 
 EXAMPLES = 3
 """How many offenders a line names."""
+
+RECOVERY_SLACK_SECONDS = 10.0
+"""Jobs of a killed worker are to run again so long after its lease has run out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +164,12 @@ def extras_are_explained(extras: Sequence[Extra]) -> Check:
     reasons = Counter(extra.why for extra in extras if extra.why is not None)
     found = "; ".join(f"{number:,} {why}" for why, number in reasons.most_common())
     return _check("each call beyond the first has a reason", unexplained, found or "no calls beyond the first")
+
+
+def workers_end_when_told(lives: Sequence[Life]) -> Check:
+    """No worker process ended that was neither killed nor told to, and each that was told to did."""
+    wrong = [f"{life.name} ({life.how})" for life in lives if (life.how or "").startswith((BY_ITSELF, DID_NOT_END))]
+    return _check("a worker process ends when it is told to, and only then", wrong, f"{len(lives):,} worker processes")
 
 
 def _check(promise: str, offenders: Iterable[str], found: str) -> Check:

@@ -15,6 +15,13 @@ CLOCK_HOUR_SECONDS = 3600
 NEW_SECONDS = 6.0
 """A worker that has just been started runs nothing yet, so that it would show nothing to break it."""
 
+LOG_BEGINS_CHARACTERS = 8_000
+"""A worker has said so early in its log when it takes jobs."""
+
+BY_ITSELF = "ended by itself"
+DID_NOT_END = "killed: it did not end"
+"""How workers end that should not."""
+
 LIBFAKETIME = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
 
 _SHIFT = """\
@@ -28,12 +35,16 @@ time.time_ns = lambda: _time_ns() + _seconds * 10**9
 
 @dataclass
 class Life:
-    """One worker process; times in seconds of the machine's monotonic clock. ``how`` it ended; None: it lives."""
+    """One worker process; times in seconds of the machine's monotonic clock.
+
+    ``told``: when it was first told to end, if it was. ``how`` it ended; None: it lives.
+    """
 
     name: str
     pid: int
     began: float
     clock_shift_seconds: int = 0
+    told: float | None = None
     ended: float | None = None
     how: str | None = None
     stops: list[tuple[float, float]] = field(default_factory=list)
@@ -66,6 +77,10 @@ class Fleet:
         for worker, _ in self._here:
             worker.wait_until_ready()
 
+    def can_spare_one(self) -> bool:
+        """Whether two or more take jobs: hit one, and another is there to see what becomes of it."""
+        return sum(life.name not in self._stopped and _is_ready(worker) for worker, life in self._here) > 1
+
     def choose(self, choice: float) -> int:
         """Return the place of a worker that runs; ``choice``, 0 to 1, says which of those that are not new."""
         places = [place for place, (_, life) in enumerate(self._here) if life.name not in self._stopped]
@@ -86,8 +101,8 @@ class Fleet:
     def terminate(self, place: int, clock_shift_seconds: int = 0) -> None:
         """Tell a worker to end, and put another in its place at once."""
         worker, life = self._here[place]
+        life.told, life.how = time.monotonic(), "told to end"
         worker.terminate()
-        life.how = "told to end"
         self._leaving.append((worker, life))
         self._here[place] = self._start(clock_shift_seconds)
 
@@ -110,7 +125,7 @@ class Fleet:
         for place, (worker, life) in enumerate(self._here):
             assert worker.process is not None
             if (code := worker.process.poll()) is not None:
-                self._end(life, f"ended by itself with exit code {code}")
+                self._end(life, f"{BY_ITSELF} with exit code {code}")
                 self._here[place] = self._start()
         for worker, life in list(self._leaving):
             assert worker.process is not None
@@ -123,13 +138,14 @@ class Fleet:
         everyone = [*self._here, *self._leaving]
         for _, life in everyone:
             self.resume(life)
-        for worker, _ in everyone:
+        for worker, life in everyone:
+            life.told = life.told or time.monotonic()
             worker.terminate()
         for worker, life in everyone:
             worker.stop(seconds)
             assert worker.process is not None
             code = worker.process.returncode
-            self._end(life, "killed: it did not end" if code == -signal.SIGKILL else f"told to end, exit code {code}")
+            self._end(life, DID_NOT_END if code == -signal.SIGKILL else f"told to end, exit code {code}")
         self._here, self._leaving = [], []
 
     def kill_all(self) -> None:
@@ -154,6 +170,11 @@ class Fleet:
     @staticmethod
     def _end(life: Life, how: str) -> None:
         life.ended, life.how = time.monotonic(), how
+
+
+def _is_ready(worker: LocalWorker) -> bool:
+    with worker.log.open(errors="replace") as log:
+        return " ready." in log.read(LOG_BEGINS_CHARACTERS)
 
 
 def clock_library() -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 from chaos_checks import Check
 from chaos_contenders import CONCURRENCY
 from chaos_faults import pace
-from chaos_fleet import clock_library
+from chaos_fleet import BY_ITSELF, clock_library
 from chaos_run import ERRORS, WORKERS, Outcome
 from report import machine, versions
 from rich.table import Table
@@ -113,7 +113,7 @@ def as_markdown(outcomes: Sequence[Outcome]) -> str:
 def _column(outcome: Outcome) -> Iterator[tuple[str, str]]:
     tally, recoveries = outcome.findings.tally, outcome.findings.recoveries
     again = [one.seconds for one in recoveries if one.seconds is not None]
-    alone = sum((life.how or "").startswith("ended by itself") for life in outcome.lives)
+    alone = sum((life.how or "").startswith(BY_ITSELF) for life in outcome.lives)
     yield "jobs accepted", f"{tally.accepted:,}"
     yield "succeeded", f"{tally.succeeded:,}"
     yield "failed", f"{tally.failed:,}"

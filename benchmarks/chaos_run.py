@@ -17,7 +17,7 @@ import psutil
 from chaos_attune import AttuneWorker
 from chaos_bare import BareCelery
 from chaos_contenders import Contender, Findings, Order, Seen, Services, make_orders
-from chaos_faults import Fault, Kind, load_seconds, pace, plan
+from chaos_faults import ON_WORKERS, Fault, Kind, load_seconds, pace, plan
 from chaos_fleet import CLOCK_HOUR_SECONDS, Fleet, Life
 from chaos_journal import CONFIGURATION, Journal, commands_in
 from redis import Redis
@@ -47,6 +47,9 @@ LATENCY_SIGMA = 0.6
 TICK_SECONDS = 0.05
 BATCH_SECONDS = 0.25
 SENT_TWICE = 20
+LONGEST_PUT_OFF_SECONDS = 60.0
+"""How long faults may be put off in all."""
+
 END_SECONDS = 60.0
 """How long workers may take, beyond the grace of their settings, to end when all is over."""
 
@@ -280,9 +283,19 @@ class _Run:
         )
 
     def _load(self, began: float, seconds: float) -> None:
-        waiting = list(self.faults)
-        while time.monotonic() < began + seconds:
-            if waiting and time.monotonic() >= began + waiting[0].at_seconds:
+        """Inflict the faults; all that are left are put off while the workers that a machine is slow to start are few.
+
+        With nobody there to see a worker die, or to run its jobs, recovery would be put off by the bench.
+        """
+        waiting, due = list(self.faults), began
+        while time.monotonic() < due + seconds:
+            if waiting and time.monotonic() >= due + waiting[0].at_seconds:
+                put_off = time.monotonic() - waiting[0].at_seconds
+                few = waiting[0].kind in ON_WORKERS and not self.fleet.can_spare_one()
+                if few and put_off < began + LONGEST_PUT_OFF_SECONDS:
+                    due = put_off
+                    self._tick()
+                    continue
                 fault = waiting.pop(0)
                 self._show(fault.kind.value)
                 self.havoc.inflict(fault)

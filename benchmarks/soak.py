@@ -44,8 +44,8 @@ SAMPLE_SECONDS = 10.0
 WORKERS = 2
 LATENCY_SECONDS = 1.0
 MEGABYTE = 2**20
-FLAT_MB_PER_HOUR = 10.0
-"""What counts as flat: less than that by the slope of a straight line through the samples."""
+FLAT = {"MB": 10.0, "keys": 5000.0}
+"""What counts as flat: less than that by the hour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.json.write_text(
             json.dumps({**facts, "rows": found, "errors": load.errors, "samples": [asdict(one) for one in samples]})
         )
-    return int(bool(load.errors))
+    grows = [name for name, _, _, slope in found if slope >= FLAT[name.rpartition(" ")[2]]]
+    for name in grows:
+        console.print(f"it grows: {name}", markup=False)
+    return int(bool(load.errors or grows))
 
 
 def _empty(path: Path) -> Path:

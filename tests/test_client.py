@@ -25,6 +25,7 @@ from attune_worker.jobs import Job, JobResult, JobStatus
 from attune_worker.settings import Settings
 from attune_worker.store.keys import JobKeys
 from attune_worker.store.records import Claim, Finish, Records
+from attune_worker.wake_ups import messages_waiting
 
 SECRET = "the merger with Initech is off"
 SOON = 10.0
@@ -251,7 +252,7 @@ def test_waiting_asks_redis_the_same_few_times_however_long_it_takes(client: Cli
     """Waiting is being told, not polling: the cost of a waiting caller does not grow with its patience."""
     handle = client.submit("summarize", "?")
     asked = []
-    for timeout in (0.05, 0.4):
+    for timeout in (0.5, 1.5):
         before = scripts_run(redis)
         with pytest.raises(ResultTimeoutError):
             handle.result(timeout)
@@ -478,3 +479,20 @@ def test_deep_metadata_is_refused_before_anything_is_written(client: Client) -> 
         metadata = {"a": metadata}
     with pytest.raises(InvalidJobError, match="nested more than 50 levels"):
         client.submit("summarize", "?", metadata=metadata)
+
+
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's own
+def test_retried_job_begins_anew_for_everybody(client: Client, records: Records) -> None:
+    """It is queued and woken, and Celery has forgotten how it ended before: it would never hear of another end."""
+    handle = client.submit("summarize", "?")
+    claim = records.claim(handle.id, "owner", "lease")
+    assert isinstance(claim, Claim)
+    records.finish(claim.fence, JobResult(job_id=handle.id, status=JobStatus.FAILED))
+    before = client._app.AsyncResult(handle.id)
+    client._app.backend.mark_as_done(handle.id, {"status": "failed"})
+    assert before.state == "SUCCESS"
+    waiting = messages_waiting(client._app)
+    assert client.retry([handle.id, "unknown"]) == {handle.id: JobStatus.FAILED, "unknown": None}
+    assert handle.status() is JobStatus.QUEUED
+    assert client._app.AsyncResult(handle.id).state == "PENDING"
+    assert messages_waiting(client._app) == waiting + 1

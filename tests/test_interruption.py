@@ -83,6 +83,31 @@ def test_cut_that_has_begun_ends_before_the_next_call_begins() -> None:
     assert order == ["cut", "next"]
 
 
+def test_call_begins_while_the_job_is_entitled_to_it() -> None:
+    """Without a condition always; once it failed the job has wound down for good, for the reason that goes with it."""
+    interruption = Interruption()
+    assert interruption.may_begin()
+    holds = [True]
+    interruption.only_while(lambda: holds[0], "its lease was lost")
+    assert interruption.may_begin()
+    holds[0] = False
+    assert not interruption.may_begin()
+    holds[0] = True
+    assert not interruption.may_begin()
+    assert (interruption.stopped, interruption.cut_off) == (True, False)
+    assert interruption.error().message == "its lease was lost"
+
+
+@pytest.mark.parametrize("how", ["stop", "wind_down"])
+def test_no_call_begins_after_the_job_was_stopped(how: str) -> None:
+    """In whichever way, and though the job is entitled to it."""
+    interruption = Interruption()
+    interruption.only_while(lambda: True, "its lease was lost")
+    getattr(interruption, how)("cancelled")
+    assert not interruption.may_begin()
+    assert interruption.error().message == "cancelled"
+
+
 def test_error_tells_the_reason() -> None:
     """For the record of the job."""
     interruption = Interruption()

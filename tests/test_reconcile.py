@@ -156,13 +156,112 @@ def test_cost_that_differs_is_named_with_both_numbers() -> None:
 def test_uncertain_call_is_held_against_its_estimate(
     outcome: str, estimate: str | None, billed: str | None, within: bool | None
 ) -> None:
-    """It is no difference, whether it was billed or not; more than budgets have counted is said."""
+    """It is no difference, whether it was billed or not; more than budgets have counted, or could, is said."""
     record = recorded(cost_usd=None, outcome=outcome, estimate_usd=estimate and Decimal(estimate))
     result = reconcile([record], [] if billed is None else [line(cost_usd=billed)])
     [uncertain] = result.uncertain
     assert (uncertain.record, uncertain.within_estimate) == (record, within)
     assert uncertain.billed_usd == (billed and Decimal(billed))
-    assert (result.differences, result.agrees) == ((), within is not False)
+    beyond_judging = estimate is None
+    assert kinds(result) == ([("cannot be judged", "call-1")] if beyond_judging else [])
+    assert result.agrees is (within is not False and not beyond_judging)
+
+
+def by_tokens(call_id: str | None = "call-1", tokens: tuple[int, int] = (60, 40), **fields: Any) -> InvoiceLine:
+    return line(call_id, None, input_tokens=tokens[0], output_tokens=tokens[1], **fields)
+
+
+NEITHER = "billed with neither a price nor tokens"
+MANY = (10**9, 10**9)
+LOST = recorded(cost_usd=None, outcome="orphaned", input_tokens=None, output_tokens=None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind", "detail"),
+    [
+        ([line(cost_usd="0.4"), line(cost_usd="0.4")], "billed more than once", "billed 2 times"),
+        ([line(cost_usd="0.4"), by_tokens()], "billed more than once", "billed 2 times"),
+        ([line(cost_usd="0.4", calls=2)], "the calls differ", "billed as 2 calls"),
+        (
+            [by_tokens(tokens=MANY)],
+            "cannot be judged",
+            f"billed {MANY[0]} in and {MANY[1]} out, recorded 0 in and 0 out",
+        ),
+        ([line(cost_usd=None)], "cannot be judged", NEITHER),
+    ],
+)
+def test_uncertain_call_does_not_hide_what_cannot_be_its_bill(lines: list[InvoiceLine], kind: str, detail: str) -> None:
+    """Each time it is charged may be within the estimate, and tokens have no estimate to be within."""
+    result = reconcile([LOST], lines)
+    assert [(one.kind, one.call_id, one.detail) for one in result.differences] == [(kind, "call-1", detail)]
+    assert (len(result.uncertain), result.agrees) == (1, False)
+
+
+@pytest.mark.parametrize("own_id", ["call-1", None])
+@pytest.mark.parametrize(
+    ("billed", "kind"), [("100", "the cost differs"), ("0.2", "the cost differs"), ("0.25", "cannot be judged")]
+)
+def test_line_without_a_price_does_not_hide_the_cost_of_another(own_id: str | None, billed: str, kind: str) -> None:
+    """What is known is added up and compared; what the rest costs, nobody can say."""
+    lines = [line(own_id, billed, day=TODAY), by_tokens(own_id, (1, 1), day=TODAY)]
+    result = reconcile([recorded()], lines)
+    [difference] = result.differences
+    assert (difference.kind, difference.billed_usd, difference.recorded_usd) == (kind, Decimal(billed), Decimal("0.25"))
+    assert "1 of 2 lines without a price" in difference.detail
+    assert not result.agrees
+
+
+def test_uncertain_call_that_is_partly_priced_is_not_called_within_its_estimate() -> None:
+    """The lines without a price can only add to it; what is beyond without them stays beyond."""
+    for billed, within in (("0.5", None), ("1.5", False)):
+        [uncertain] = reconcile([LOST], [line(cost_usd=billed), by_tokens()]).uncertain
+        assert (uncertain.billed_usd, uncertain.within_estimate) == (Decimal(billed), within)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "agrees"),
+    [((60, 40), True), ((60_000_000, 40), False)],
+)
+def test_call_without_a_price_on_both_sides_is_compared_by_its_tokens(tokens: tuple[int, int], agrees: bool) -> None:
+    """Its answer came and was counted; only the price of it is not known."""
+    result = reconcile([recorded(cost_usd=None, estimate_usd=None)], [by_tokens(tokens=tokens)])
+    assert kinds(result) == ([] if agrees else [("the tokens differ", "call-1")])
+    assert result.agrees is agrees
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "agrees"),
+    [
+        ("haiku", "haiku", True),
+        ("haiku", "haiku-20261001", True),
+        ("haiku-latest", "haiku@20261001", True),
+        ("haiku-2026-10-01", "haiku", True),
+        ("haiku-20261001", "haiku-20261101", False),
+        ("haiku", "haiku-dear", False),
+        ("claude-haiku-5-5", "claude-haiku-5-5-20261001", True),
+        ("claude-haiku-5-5", "claude-opus-5", False),
+    ],
+)
+def test_same_tokens_of_another_model_are_a_difference(ours: str, theirs: str, agrees: bool) -> None:
+    """Published prices say whether it costs the same, else the name without its version."""
+    result = reconcile([recorded(model_id=ours)], [replace(by_tokens(), model_id=theirs)])
+    assert [(one.kind, one.detail) for one in result.differences] == (
+        [] if agrees else [("the model differs", f"billed as {theirs}")]
+    )
+    assert result.agrees is agrees
+
+
+def test_dated_model_at_another_published_price_is_a_difference() -> None:
+    """The first version of this model costs twice what its undated name costs today."""
+    record = recorded(provider="openai", model_id="gpt-4o")
+    first, today = (replace(by_tokens(), model_id=f"gpt-4o-{day}") for day in ("2024-05-13", "2024-08-06"))
+    assert kinds(reconcile([record], [first])) == [("the model differs", "call-1")]
+    assert reconcile([record], [today]).agrees
+
+
+def test_same_cost_under_another_name_agrees() -> None:
+    """Where both amounts are known they are what is compared."""
+    assert reconcile([recorded()], [replace(line(), model_id="an-alias")]).agrees
 
 
 def test_orphan_that_was_settled_counts_once() -> None:
@@ -183,13 +282,13 @@ def test_request_id_is_used_where_ours_is_not_known() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "detail"),
-    [((60, 40), None), ((61, 40), "billed 61 in and 40 out, recorded 60 in and 40 out"), ((None, 40), None)],
+    [((60, 40), None), ((61, 40), "billed 61 in and 40 out, recorded 60 in and 40 out"), ((None, 40), NEITHER)],
 )
 @pytest.mark.parametrize("own_id", ["call-1", None])
 def test_line_without_a_price_is_compared_by_its_tokens(
     own_id: str | None, tokens: tuple[int | None, int], detail: str | None
 ) -> None:
-    """Call by call and in sums alike; what the provider did not count cannot differ."""
+    """Call by call and in sums alike; what the provider did not count cannot be judged."""
     priceless = line(own_id, None, input_tokens=tokens[0], output_tokens=tokens[1], day=TODAY)
     result = reconcile([recorded()], [priceless])
     assert [one.detail for one in result.differences] == ([] if detail is None else [detail])
@@ -209,6 +308,39 @@ def test_sums_of_a_day_leave_room_for_uncertain_calls(billed: str, agrees: bool)
     assert len(result.uncertain) == 1
 
 
+def test_sum_beyond_the_estimates_is_not_excused_by_a_call_without_a_price() -> None:
+    """It may be that call's, and nobody can say how much is too much."""
+    records = [recorded(), recorded("lost", None), recorded("unpriced", None, estimate_usd=None)]
+    for billed, expected in (("1.25", []), ("1000000", ["cannot be judged"]), ("0.1", ["the cost differs"])):
+        result = reconcile(records, [line(None, billed, day=TODAY)])
+        assert [one.kind for one in result.differences] == expected
+        assert result.agrees is (not expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind"),
+    [((60, 40), None), ((60, 41), "cannot be judged"), ((59, 41), "the tokens differ")],
+)
+def test_sum_of_tokens_says_what_an_uncertain_call_may_have_added(tokens: tuple[int, int], kind: str | None) -> None:
+    """Refused calls count no tokens; fewer than are recorded is wrong in any case."""
+    refused = recorded("refused", "0", outcome="failed", input_tokens=None, output_tokens=None)
+    result = reconcile([recorded(), refused, replace(LOST, call_id="lost")], [by_tokens(None, tokens, day=TODAY)])
+    assert [one.kind for one in result.differences] == ([] if kind is None else [kind])
+
+
+@pytest.mark.parametrize(
+    ("calls", "agrees"), [(1000, False), (3, False), (2, True), (1, True), (0, False), (None, True)]
+)
+@pytest.mark.parametrize("priced", [True, False])
+def test_number_of_calls_is_compared_in_sums(calls: int | None, agrees: bool, priced: bool) -> None:
+    """Every call with a cost is one of them, and a refused one may be; a line may say nothing of it."""
+    records = [recorded(), recorded("refused", "0", outcome="failed", input_tokens=None, output_tokens=None)]
+    whole = line(None, day=TODAY) if priced else by_tokens(None, day=TODAY)
+    result = reconcile(records, [replace(whole, calls=calls)])
+    assert [one.kind for one in result.differences] == ([] if agrees else ["the calls differ"])
+    assert result.agrees is agrees
+
+
 def test_sums_are_by_day_and_model() -> None:
     """A line for another day, or another model, stands for none of today's calls."""
     lines = [line(None, day=date(2026, 11, 22)), replace(line(None, day=TODAY), model_id="opus")]
@@ -225,6 +357,15 @@ def test_sums_are_by_day_and_model() -> None:
     [
         ("a.csv", "model,cost_usd,request_id\nhaiku,$1,r\n", (2, "cost_usd"), "'\\$1' is not an amount in USD"),
         ("a.csv", "model,cost_usd,request_id\nhaiku,NaN,r\n", (2, "cost_usd"), "'NaN' is not an amount"),
+        (
+            "a.csv",
+            "model,cost_usd,request_id\nhaiku,1,r\nhaiku,-1,r\n",
+            (3, "cost_usd"),
+            "'-1' is not an amount .* 0 or",
+        ),
+        ("a.csv", "model,cost_usd,request_id\nhaiku,-1e-12,r\n", (2, "cost_usd"), "is not an amount"),
+        ("a.csv", "model,cost_usd,day,calls\nh,1,2026-11-23,-2\n", (2, "calls"), "'-2' is not a whole number"),
+        ("a.jsonl", '{"model":"h","cost_usd":-0.5,"request_id":"r"}', (1, "cost_usd"), "'-0.5' is not an amount"),
         ("a.csv", "model,cost_usd,request_id\nhaiku,,r\n", (2, "cost_usd"), "is missing, and so are tokens"),
         ("a.csv", "model,cost_usd,request_id\nhaiku,1,r\n,1,r\n", (3, "model"), "is missing"),
         ("a.csv", "model,cost_usd\nhaiku,1\n", (2, "client_request_id"), "so are request_id and day"),
@@ -254,6 +395,14 @@ def test_unreadable_file_is_refused_with_line_and_column(
         read_invoice(path)
     assert (caught.value.line, caught.value.column, caught.value.exit_code) == (*where, 2)
     assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["cost_usd", "input_tokens", "output_tokens", "calls"])
+def test_line_below_zero_cannot_be_made(name: str) -> None:
+    """A credit would hide what another line of the same call charges."""
+    below: dict[str, Any] = {name: -1}
+    with pytest.raises(ValueError, match="no amount and no count is negative"):
+        replace(line(), **below)
 
 
 def test_unknown_column_names_are_refused(tmp_path: Path) -> None:

@@ -147,8 +147,7 @@ def _with_job(client: Client, view: View) -> View:
 
 def _retried(client: Client, job_ids: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
     """Put jobs back in line and wake them; return what became of each, for programs and for people."""
-    before = {job_id: client.records.retry(job_id) for job_id in job_ids}
-    client.wake([job_id for job_id, status in before.items() if status is not None])
+    before = client.retry(job_ids)
     left = [job_id for job_id, status in before.items() if status is None]
     found = {record.job_id: record.status for record in client.records.read(left)} if left else {}
     told = []

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -36,7 +36,8 @@ from attune_worker.models.local_circuits import LocalCircuits
 from attune_worker.settings import Settings
 from attune_worker.store.backlog import Backlog
 from attune_worker.store.circuits import Grant
-from attune_worker.store.connection import close_idle, connect, reaching
+from attune_worker.store.connection import close_idle, connect, reaching, together
+from attune_worker.store.keys import FleetKeys
 from attune_worker.store.outage import Outage
 from attune_worker.store.scripts import Script
 
@@ -48,7 +49,7 @@ SETTLE = Script("settle", "values", "breaker", "limits", "budget", "telemetry", 
 JOB_SECONDS = 0.5
 """When to ask again for a call of a job while Redis is away: its thread could begin nothing else either."""
 
-LONGEST_OUTAGE_WAIT_SECONDS = 5.0
+LONGEST_OUTAGE_WAIT_SECONDS = 2.0
 """How long after Redis is back calls may still be refused, or settlements kept."""
 
 LEASE_MARGIN_SECONDS = 30.0
@@ -66,6 +67,16 @@ NO_ROOM = ("OOM", "MISCONF", "READONLY", "LOADING", "BUSY", "NOREPLICAS", "MASTE
 """Codes of what is wrong with Redis itself, whatever it was told; Redis 6 quotes them in a script's error."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Undated:
+    """What a call did, told by a process that has not heard Redis' clock yet: its times follow when it is written."""
+
+    permit: Permit
+    outcome: Outcome
+    ended: float
+    """By this process's monotonic clock, in seconds."""
+
+
 class Admission:
     """Asks leave for the calls of one process and settles them; safe for use from many threads."""
 
@@ -76,8 +87,8 @@ class Admission:
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
         self._outage = Outage(longest_wait_seconds=LONGEST_OUTAGE_WAIT_SECONDS)
         self._local = LocalCircuits(settings.breaker)
-        self._unsettled = Backlog(self._write_all, self._outage)
-        self._clock_offset_ms = 0.0
+        self._unsettled: Backlog[Settlement | _Undated] = Backlog(self._write_all, self._outage)
+        self._clock_offset_ms: float | None = None
         self._wire = Wire(settings, self._worker, self._lease_ms)
 
     def admit(self, request: Request) -> Permit | Refusal:
@@ -104,7 +115,7 @@ class Admission:
     def settle(self, permit: Permit, outcome: Outcome) -> None:
         """Write down what a call did; while Redis is away it is kept, and written later."""
         self._remember(permit, outcome)
-        settlement = self._wire.settle(permit, outcome, self._now_ms())
+        settlement = self._settlement(permit, outcome)
         if not self._outage.worth_trying():
             self._unsettled.add(settlement)
             return
@@ -124,7 +135,7 @@ class Admission:
     def settle_later(self, permit: Permit, outcome: Outcome) -> None:
         """Settle as ``settle`` does, without waiting for Redis."""
         self._remember(permit, outcome)
-        self._unsettled.add(self._wire.settle(permit, outcome, self._now_ms()))
+        self._unsettled.add(self._settlement(permit, outcome))
 
     def close(self) -> None:
         """Write what is left, for a while, and give the connections back."""
@@ -138,7 +149,7 @@ class Admission:
         """
         for quote, budgets in zip(request.quotes, charged, strict=True):
             unheard = _permit(request, quote, budgets, self._now_ms())
-            self._unsettled.add(self._wire.settle(unheard, Outcome.released(), self._now_ms()))
+            self._unsettled.add(self._settlement(unheard, Outcome.released()))
         return replace(request, call_id=uuid4().hex)
 
     def _remember(self, permit: Permit, outcome: Outcome) -> None:
@@ -192,29 +203,49 @@ class Admission:
         reason, wait_seconds = min(waits, key=lambda one: one[1])
         return Refusal(reason, wait_seconds)
 
-    def _write(self, settlement: Settlement) -> None:
-        keys, texts = settlement
+    def _settlement(self, permit: Permit, outcome: Outcome) -> Settlement | _Undated:
+        if self._clock_offset_ms is None:
+            return _Undated(permit, outcome, time.monotonic())
+        return self._wire.settle(permit, outcome, self._now_ms())
+
+    def _dated(self, settlement: Settlement | _Undated) -> Settlement:
+        """Return what can be written; asks for Redis' time where that is not known yet."""
+        if not isinstance(settlement, _Undated):
+            return settlement
+        if self._clock_offset_ms is None:
+            [answer] = together(self._redis, [(FleetKeys(self._settings.namespace).calls, ("TIME",))])
+            if isinstance(answer, Exception):
+                raise answer
+            seconds, micros = answer
+            self._clock_offset_ms = seconds * 1000 + micros / 1000 - time.time() * 1000
+        ago_ms = round((time.monotonic() - settlement.ended) * 1000)
+        return self._wire.settle(settlement.permit, settlement.outcome, self._now_ms() - ago_ms)
+
+    def _write(self, settlement: Settlement | _Undated) -> None:
         try:
             with reaching(self._settings):
+                keys, texts = self._dated(settlement)
                 answer = SETTLE(self._redis, keys, texts)
         except ServiceUnavailableError as error:
             if not refused(error):
                 raise
-            logger.exception("call %s could not be settled in full", keys[0])  # again would fail again
+            call = settlement.permit.call_id if isinstance(settlement, _Undated) else settlement[0][0]
+            logger.exception("call %s could not be settled in full", call)  # again would fail again
             return
         self._report(keys, *answer)
 
-    def _write_all(self, settlements: Sequence[Settlement]) -> None:
+    def _write_all(self, settlements: Sequence[Settlement | _Undated]) -> None:
         try:
             with reaching(self._settings):
-                answers = SETTLE.many(self._redis, settlements)
+                dated = [self._dated(one) for one in settlements]
+                answers = SETTLE.many(self._redis, dated)
         except ServiceUnavailableError as error:
             if not refused(error):
                 raise
             for settlement in settlements:  # one of them is to blame; twice is once for the others
                 self._write(settlement)
         else:
-            for (keys, _), answer in zip(settlements, answers, strict=True):
+            for (keys, _), answer in zip(dated, answers, strict=True):
                 self._report(keys, *answer)
 
     @staticmethod
@@ -227,7 +258,12 @@ class Admission:
             logger.warning("soft budget %s is used up", keys[FIRST_BUDGET + place])
 
     def _now_ms(self) -> int:
-        """Return Redis' time as far as this process knows it: the clocks differ by what they differed last."""
+        """Return Redis' time as far as this process knows it: the clocks differ by what they differed last.
+
+        0 where Redis has never told it: the process's own clock may be days off.
+        """
+        if self._clock_offset_ms is None:
+            return 0
         return round(time.time() * 1000 + self._clock_offset_ms)
 
 

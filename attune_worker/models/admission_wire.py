@@ -24,8 +24,12 @@ from attune_worker.telemetry.evidence import HALF_LIFE
 
 DAY_MS = 86_400_000
 
-FIRST_BUDGET = 15
+FIRST_BUDGET = 16
 """Where the budgets begin among SETTLE's keys."""
+
+SETTLED_SECONDS = 3600
+"""How long a settled call is known at least. A settlement whose answer was lost in an outage is sent again when Redis
+answers, and one of a worker that was frozen arrives later still: a call that was forgotten would be counted twice."""
 
 Charged = Sequence[tuple[BudgetKey, ...]]
 """The budgets that each candidate's call would count against."""
@@ -44,6 +48,7 @@ class Wire:
         self._worker = worker
         self._lease_ms = lease_ms
         self._keys = FleetKeys(settings.namespace)
+        self.kept_seconds = max(settings.retention_seconds, SETTLED_SECONDS)
         self._rules = _json(rules_in_ms(settings.breaker))
         self._keep = _json(
             {
@@ -93,14 +98,17 @@ class Wire:
             "job": request.job_id,
             "worker": self._worker,
             "lease_ms": self._lease_ms,
-            "retention_s": self._settings.retention_seconds,
             "candidates": candidates,
         } | told(lease=request.lease or None)
         return [*keys, *places], (f'{{"rules":{self._rules},{_json(asked)[1:]}',)
 
     def settle(self, permit: Permit, outcome: Outcome, ended_ms: int) -> Settlement:
-        """Return SETTLE's keys and arguments; ``ended_ms`` is when the call ended, by Redis' clock."""
+        """Return SETTLE's keys and arguments; ``ended_ms`` is when the call ended, by Redis' clock.
+
+        Where nobody knew that clock when the call began, it began its latency before.
+        """
         model, job = permit.model, permit.job
+        admitted_ms = permit.admitted_ms or ended_ms - outcome.latency_ms
         intent = _intent(permit.job_id, permit.lease, job, model, permit.budgets)
         worst_nano, cost_nano = _nano(permit.quote.worst_usd), _nano(outcome.cost_usd)
         fields = {
@@ -122,7 +130,7 @@ class Wire:
                 names=_names(intent.workflow, intent.stage),
                 workflow=intent.workflow,
                 stage=intent.stage,
-                day=_day(permit.admitted_ms // DAY_MS),
+                day=_day(admitted_ms // DAY_MS),
                 kind=outcome.kind,
                 score=_score(job, model, outcome),
                 latency_ms=outcome.latency_ms,
@@ -131,7 +139,7 @@ class Wire:
                 output=outcome.output_tokens,
                 half_life=HALF_LIFE,
             )
-        return self._settlement(permit.call_id, intent, outcome, permit.admitted_ms, worst_nano, fields)
+        return self._settlement(permit.call_id, intent, outcome, admitted_ms, worst_nano, fields)
 
     def orphan(self, call_id: str, intent: Intent, admitted_ms: int, worst_nano: int | None) -> Settlement:
         """Return SETTLE's keys and arguments for a call whose worker died; ``worst_nano`` is what it had reserved."""
@@ -157,7 +165,7 @@ class Wire:
         workflow, stage = intent.workflow, intent.stage
         fields |= {
             "call": call_id,
-            "retention_s": self._settings.retention_seconds,
+            "kept_s": self.kept_seconds,
             "outcome": outcome.outcome,
             "names": _names(intent.provider, intent.tier),
             "kept": _kept(outcome),
@@ -177,6 +185,7 @@ class Wire:
             keys.stages,
             keys.ledger,
             keys.costs(day),
+            keys.job_calls(intent.job_id),
             *(one.key(keys) for one in intent.budgets),
         ], (
             f'{{"rules":{self._rules},"keep":{self._keep},{_json(fields)[1:]}',

@@ -21,10 +21,10 @@ from attune_worker.jobs import Attempt, Job, ModelTier, Usage, total_cost
 from attune_worker.models.adaptive import AdaptiveModelRouter
 from attune_worker.models.admission import Admission
 from attune_worker.models.calls import Permit, Refusal, Request
-from attune_worker.models.flow import Admit, Caller, Effect, Rank, Reply, Send, Settle, Start, Wait
+from attune_worker.models.flow import Admit, Caller, Effect, Rank, Reply, Send, Settle, Start, Unsent, Wait
 from attune_worker.models.pricing import cost
 from attune_worker.models.registry import Registry
-from attune_worker.providers.base import Answer
+from attune_worker.providers.base import Answer, HttpRequest
 from attune_worker.providers.http import HttpSender
 from attune_worker.settings import Settings, get_settings
 
@@ -148,7 +148,8 @@ class EmpathyLLMExecutor:
 
         ``attempts`` were made in earlier starts of the job. With ``patience_seconds``, ``NotNowError`` is raised
         instead of a longer wait. Under a worker's ``lease`` no call begins once that is lost, nor while Redis is
-        away. ``StoppedError`` is raised when ``interruption`` stops the job: a call under way is cut off.
+        away. ``StoppedError`` is raised when ``interruption`` stops the job: a call under way is cut off, and one that
+        has not begun is not made.
         """
         interruption = interruption or Interruption()
         flow = self._caller.flow(Start(job, job_id, timeout_seconds, tuple(attempts), patience_seconds, lease))
@@ -192,15 +193,20 @@ class EmpathyLLMExecutor:
             case Admit(request):
                 return interruption.error() if interruption.stopped else self._admission.admit(request)
             case Send(request, timeout_seconds):
-                try:
-                    return self._sender.send(request, timeout_seconds, interruption)
-                except (ProviderError, StoppedError) as error:
-                    return error
+                return self._send(request, timeout_seconds, interruption)
             case Settle(permit, outcome):
                 self._admission.settle(permit, outcome)
             case Wait(seconds):
                 return interruption.error() if interruption.wait(seconds) else None
         return None
+
+    def _send(self, request: HttpRequest, timeout_seconds: float, interruption: Interruption) -> Reply:
+        if not interruption.may_begin():  # asked last: this process may have stood still since there was leave
+            return Unsent(interruption.error())
+        try:
+            return self._sender.send(request, timeout_seconds, interruption)
+        except (ProviderError, StoppedError) as error:
+            return error
 
     async def _aperform(self, effect: Effect) -> Reply:
         match effect:

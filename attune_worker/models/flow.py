@@ -64,10 +64,17 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Effect: send the request; answered with the response, or the error that came instead (it may be stopped)."""
+    """Effect: send the request; answered with the response, the error that came instead, or ``Unsent``."""
 
     request: HttpRequest
     timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """Reply to ``Send``: the job was stopped before any of the request was sent, so there was no call."""
+
+    error: StoppedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,7 @@ class Wait:
 
 
 Effect = Rank | Admit | Send | Settle | Wait
-Reply = Ranking | HttpResponse | ProviderError | StoppedError | Permit | Refusal | None
+Reply = Ranking | HttpResponse | ProviderError | StoppedError | Unsent | Permit | Refusal | None
 Flow = Generator[Effect, Reply, tuple[Answer, tuple[Attempt, ...]]]
 
 
@@ -95,8 +102,8 @@ class Start:
     """One start of a job.
 
     ``attempts`` were made in earlier starts. ``timeout_seconds`` is left until the job's deadline (None: it has
-    none). With ``patience_seconds`` a longer wait ends the start with ``NotNowError``, as does one that would
-    outlast the start; without, the flow waits as long as its time allows. ``lease``: see ``Request``.
+    none). With ``patience_seconds`` a longer wait ends the start with ``NotNowError``, as does one that would leave
+    too little of the start for a call; without, the flow waits as long as its time allows. ``lease``: see ``Request``.
     """
 
     job: Job
@@ -179,6 +186,8 @@ class Caller:
         now = time.monotonic()
         deadline = math.inf if start.timeout_seconds is None else now + start.timeout_seconds
         ends = min(deadline, now + self.settings.timeout_seconds)
+        pauses_until = self._pauses_until(start, ends, deadline)
+        held_up: str | None = "the time for this start was up before a call"  # None: a call was what took it up
         ranking = yield Rank(job)
         assert isinstance(ranking, Ranking)  # noqa: S101  # the drivers answer every Rank
         decision: Decision | None = None if attempts else ranking.decision
@@ -190,28 +199,39 @@ class Caller:
             step = self._next(models, failures, waits_until)
             if step is None:
                 raise _given_up(failures, attempts, time.monotonic() < waits_until)
-            yield from _pause(step.wait_seconds, ends, start, attempts, f"{step.model.ref} failed before")
+            if step.wait_seconds > 0 and time.monotonic() < ends:
+                held_up = f"{step.model.ref} failed before"
+                yield from _pause(step.wait_seconds, pauses_until, start, attempts, held_up)
             if time.monotonic() >= ends:
-                raise DeadlineExceededError("the time for this job was up before an answer came", attempts=attempts)
+                raise _time_up(start, deadline, attempts, held_up)
             verdict = yield from self._ask(start, (step.model, *step.instead), attempts)
             if isinstance(verdict, Refusal):
                 if verdict.for_budget:
                     raise BudgetExceededError(
                         verdict.reason, attempts=attempts, retry_after=verdict.retry_after_seconds or None
                     )
-                yield from _pause(verdict.retry_after_seconds, ends, start, attempts, verdict.reason)
+                held_up = verdict.reason
+                yield from _pause(verdict.retry_after_seconds, pauses_until, start, attempts, held_up)
                 continue
             outcome, attempt = yield from self._call(job, verdict, ends - time.monotonic(), decision)
-            decision = None
-            attempts.append(attempt)
+            decision = held_up = None
+            if attempt is not None:
+                attempts.append(attempt)
             _go_on_unless_stopped(outcome, attempts)
             if isinstance(outcome, Answer):
                 return outcome, tuple(attempts)
             assert isinstance(outcome, ProviderError)  # noqa: S101  # all else is dealt with
+            assert attempt is not None  # noqa: S101  # as with every error of a provider
             logger.debug("%s on %s failed: %s", job.task_type, verdict.model.ref, outcome.type)
             failures.append(Failure(verdict.model, outcome, time.monotonic()))
             spent += self._spent(job, attempt)
             models = self._affordable(job, models, spent)
+
+    def _pauses_until(self, start: Start, ends: float, deadline: float) -> float:
+        """Return until when a wait may last: a worker's job comes again rather than have too little time for a call."""
+        if start.patience_seconds is None or ends == deadline:
+            return ends
+        return ends - min(self.settings.http.request_timeout_seconds, self.settings.timeout_seconds / 2)
 
     def _ask(
         self, start: Start, models: Sequence[ModelInfo], attempts: Sequence[Attempt]
@@ -285,7 +305,8 @@ class Caller:
 
     def _call(
         self, job: Job, permit: Permit, remaining_seconds: float, decision: Decision | None
-    ) -> Generator[Effect, Reply, tuple[Answer | ProviderError | StoppedError, Attempt]]:
+    ) -> Generator[Effect, Reply, tuple[Answer | ProviderError | StoppedError, Attempt | None]]:
+        """Make a call that there is leave for, and settle it; there is no attempt when it was not made after all."""
         model = permit.model
         provider = adapter(self.settings.providers[model.provider].kind)
         endpoint = self._endpoints[model.provider]
@@ -300,20 +321,27 @@ class Caller:
         except BaseException:
             self._abandon(permit, replace(ended, latency_ms=_elapsed_ms(started)))
             raise
+        if isinstance(reply, Unsent):
+            yield from self._settle(permit, Outcome.released())
+            return outcome, None
         headers = observed(reply.headers, datetime.now(UTC)) if isinstance(reply, HttpResponse) else None
         if isinstance(outcome, ProviderError):
             outcome = located(outcome, job, endpoint, model)
         attempt = attempt_of(model, outcome, latency_ms, permit.call_id, decision)
-        ended = Outcome.of(outcome, attempt, headers)
+        yield from self._settle(permit, Outcome.of(outcome, attempt, headers))
+        return outcome, attempt
+
+    def _settle(self, permit: Permit, ended: Outcome) -> Generator[Effect, Reply, None]:
         try:
             yield Settle(permit, ended)
         except BaseException:  # written or not: twice counts once
             self._abandon(permit, ended)
             raise
-        return outcome, attempt
 
     @staticmethod
     def _outcome(provider: Provider, reply: Reply) -> Answer | ProviderError | StoppedError:
+        if isinstance(reply, Unsent):
+            return reply.error
         if not isinstance(reply, HttpResponse):
             assert isinstance(reply, ProviderError | StoppedError)  # noqa: S101  # the drivers answer every Send
             return reply
@@ -350,12 +378,12 @@ def _elapsed_ms(started: float) -> int:
 
 
 def _pause(
-    seconds: float, ends: float, start: Start, attempts: Sequence[Attempt], reason: str
+    seconds: float, until: float, start: Start, attempts: Sequence[Attempt], reason: str
 ) -> Generator[Wait, Reply, None]:
     """Wait, or raise ``NotNowError`` or ``DeadlineExceededError`` where that would take too long."""
     if seconds <= 0:
         return
-    too_long = seconds >= ends - time.monotonic()
+    too_long = seconds >= until - time.monotonic()
     if start.patience_seconds is not None and (too_long or seconds > start.patience_seconds):
         raise NotNowError(reason, attempts=attempts, retry_after=seconds)
     if too_long:
@@ -371,6 +399,13 @@ def _go_on_unless_stopped(reply: object, attempts: Sequence[Attempt]) -> None:
     if isinstance(reply, StoppedError):
         reply.attempts = tuple(attempts)
         raise reply
+
+
+def _time_up(start: Start, deadline: float, attempts: Sequence[Attempt], held_up: str | None) -> ExecutionError:
+    """Return how a start ends whose time is up: a worker's job that was only held up comes again until its deadline."""
+    if start.patience_seconds is not None and held_up is not None and time.monotonic() < deadline:
+        return NotNowError(held_up, attempts=attempts)
+    return DeadlineExceededError("the time for this job was up before an answer came", attempts=attempts)
 
 
 def _given_up(failures: Sequence[Failure], attempts: Sequence[Attempt], in_time: bool) -> ExecutionError:

@@ -19,6 +19,8 @@ from attune_worker.store.keys import FleetKeys
 
 logger = logging.getLogger(__name__)
 
+_ENDED = (b"settled", b"orphaned")
+
 
 class Orphans:
     """Settles calls that their own worker will not settle any more, each of them once.
@@ -46,7 +48,7 @@ class Orphans:
             calls = self._calls(ids)
             lost = [one for one, call in calls.items() if _is_open(call, lease)]
             if lost:
-                self._settle({one: calls[one] for one in lost})
+                self._settle(self._settlements({one: calls[one] for one in lost}))
                 calls |= self._calls(lost)  # one of them may have been settled by its worker just before
         attempts = (attempt_in(one, call) for one, call in calls.items())
         return tuple(attempt for attempt in attempts if attempt is not None)
@@ -58,31 +60,48 @@ class Orphans:
         died, or that cannot write their settlements.
         """
         with reaching(self._settings):
-            seconds, micros = self._redis.time()
-            now_ms = seconds * 1000 + micros // 1000
             key = self._keys.calls
+            [(seconds, micros)] = self._read([(key, ("TIME",))])
+            now_ms = seconds * 1000 + micros // 1000
             found = self._read([(key, ("ZRANGEBYSCORE", key, "-inf", now_ms, "LIMIT", 0, limit))])[0]
             ids = [member.decode(errors="replace") for member in found or ()]
             calls = self._calls(ids)
-            settled = self._settle({one: call for one, call in calls.items() if _is_open(call)})
-            if found:  # SETTLE has taken out its own; what else is there was settled, has gone, or cannot be
+            settlements = self._settlements({one: call for one, call in calls.items() if _is_open(call)})
+            settled = self._settle(settlements)
+            if found:  # SETTLE has taken out its own
                 self._read([(key, ("ZREM", key, *found))])
+            self._give_up([one for one in ids if one not in settlements and calls[one].get(b"state") not in _ENDED])
         return settled
 
     def close(self) -> None:
         """Give the connections back."""
         close_idle(self._redis)
 
-    def _settle(self, calls: Mapping[str, Fields]) -> int:
-        """Settle calls as orphaned, and return how many nobody else had settled before."""
-        settlements: list[Settlement] = []
+    def _settlements(self, calls: Mapping[str, Fields]) -> dict[str, Settlement]:
+        """Return what settles calls as orphaned, without those that cannot be."""
+        settlements: dict[str, Settlement] = {}
         for call_id, call in calls.items():
             try:
-                settlements.append(self._settlement(call_id, call))
+                settlements[call_id] = self._settlement(call_id, call)
             except ValueError:
                 logger.warning("call %s cannot be settled: what Redis knows of it cannot be read", call_id)
-        answers = SETTLE.many(self._redis, settlements) if settlements else []
+        return settlements
+
+    def _settle(self, settlements: Mapping[str, Settlement]) -> int:
+        """Return how many of the calls nobody else had settled before."""
+        answers = SETTLE.many(self._redis, list(settlements.values())) if settlements else []
         return sum(answer[0] == b"settled" for answer in answers)
+
+    def _give_up(self, ids: Sequence[str]) -> None:
+        """Say which calls nobody can settle, and let what is left of them go: open ones have no end of their own."""
+        for one in ids:
+            logger.warning(
+                "call %s is given up, its record in Redis has gone or cannot be read: it may have cost something, and "
+                "what it reserved stays reserved until the windows of its budgets end",
+                one,
+            )
+        keys = [self._keys.call(one) for one in ids]
+        self._read([(key, ("EXPIRE", key, self._wire.kept_seconds)) for key in keys])
 
     def _settlement(self, call_id: str, call: Fields) -> Settlement:
         intent = Intent.of(call)

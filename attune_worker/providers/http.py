@@ -15,22 +15,27 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import httpcore
 import httpx
+from httpcore._backends.sync import SyncStream  # httpcore has no public name for what makes its stream of a socket
 
 from attune_worker.errors import ProviderConnectionError, ProviderError, ProviderTimeoutError
 from attune_worker.interruption import Interruption
 from attune_worker.providers.base import HttpRequest, HttpResponse
+from attune_worker.providers.connecting import connect
 from attune_worker.providers.unpacking import Body
 from attune_worker.sections import HttpSettings
 
 LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=60)
 """Per thread: it makes one call at a time, and keeps a connection to each of the few providers it uses."""
+
+SLICE_BYTES = 65_536
+"""How much of a request is sent at a time: a prompt of some pages goes out in one piece."""
 
 
 class HttpSender:
@@ -47,8 +52,8 @@ class HttpSender:
 
         Raises ``ProviderTimeoutError``, ``ProviderConnectionError``, or ``MalformedAnswerError`` for
         an answer beyond ``max_response_bytes``. Redirects are not followed: they come back as they are.
-        When ``interruption`` stops the job the connection is closed and ``StoppedError`` raised; where there is
-        no connection yet, that takes until there is one, or until ``connect_timeout_seconds`` are over.
+        When ``interruption`` stops the job the connection is closed, or not made, and ``StoppedError`` raised, in
+        a fraction of a second. Only while the system looks up the host's name can it take until that is done.
         """
         interruption = interruption or Interruption()
         own = self._own
@@ -139,9 +144,10 @@ class _OwnTransport:
 
 
 class _Network(httpcore.SyncBackend):
-    """Connections whose reads end at a deadline, or when another thread says so; one answer at a time.
+    """Connections that end at a deadline, or when another thread says so; one answer at a time.
 
-    httpcore bounds every single read, so a server that sends a byte now and then would never be late.
+    httpcore bounds every single read and write, so a server that sends, or takes, a byte now and then would
+    never be late.
     """
 
     def __init__(self) -> None:
@@ -164,16 +170,35 @@ class _Network(httpcore.SyncBackend):
                 _shut_down(stream.get_extra_info("socket"))
             _shut_down(self._handshake)
 
-    def check(self) -> None:
-        """Raise unless the answer is still waited for."""
-        if self._cut:
-            raise httpcore.ReadError("the job was stopped")
-        if self.deadline <= time.monotonic():
-            raise httpcore.ReadTimeout("the answer was still arriving when its time was up")
+    def left(self, timeout: float | None, *, connecting: bool = False) -> float:
+        """Return for how many seconds to go on, at most ``timeout``; raise unless the answer is still waited for.
 
-    def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
-        """Connect as httpcore does."""
-        return self.watched(super().connect_tcp(*args, **kwargs))
+        While ``connecting`` nothing has been sent: it is the connection that failed then.
+        """
+        if self._cut:
+            raise (httpcore.ConnectError if connecting else httpcore.ReadError)("the job was stopped")
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise (httpcore.ConnectTimeout if connecting else httpcore.ReadTimeout)("the time for the answer was up")
+        return left if timeout is None else min(timeout, left)
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.NetworkStream:
+        """Connect as httpcore does, within the deadline as well, and so that it can be cut."""
+        check = partial(self.left, None, connecting=True)
+        try:
+            connection = connect((host, port), timeout, check, local_address, socket_options or ())
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout(error) from error
+        except OSError as error:
+            raise httpcore.ConnectError(error) from error
+        return self.watched(SyncStream(connection))
 
     def watched(self, stream: httpcore.NetworkStream) -> httpcore.NetworkStream:
         """Return a connection that ends with this thread's deadline and can be cut."""
@@ -189,7 +214,6 @@ class _Network(httpcore.SyncBackend):
             with self._lock:
                 self._handshake = duplicate
             try:
-                self.check()
                 yield
             finally:
                 with self._lock:
@@ -202,23 +226,44 @@ class _Stream(httpcore.NetworkStream):
         self._network = network
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        self._network.check()
-        left = max(0.001, self._network.deadline - time.monotonic())
-        data = self._stream.read(max_bytes, left if timeout is None else min(timeout, left))
+        data = self._stream.read(max_bytes, self._network.left(timeout))
         if not data:
-            self._network.check()  # an end that we made ourselves is not the answer's
+            self._network.left(timeout)  # an end that we made ourselves is not the answer's
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._network.check()
-        self._stream.write(buffer, timeout)
+        rest = memoryview(buffer)
+        while rest:
+            rest = rest[self._send(rest[:SLICE_BYTES], self._network.left(timeout)) :]
+
+    def _send(self, part: memoryview, timeout: float) -> int:
+        """Send ``part`` or the beginning of it, and return how many bytes of it that were."""
+        if not isinstance(self._stream, SyncStream):  # TLS within a proxy's TLS: the socket is the proxy's
+            self._stream.write(bytes(part), timeout)
+            return len(part)
+        # httpcore would go on until all of the part is sent, with the whole timeout again after each beginning of it.
+        connection: socket.socket = self._stream.get_extra_info("socket")
+        try:
+            connection.settimeout(timeout)
+            return connection.send(part)
+        except TimeoutError as error:
+            raise httpcore.WriteTimeout(error) from error
+        except OSError as error:
+            raise httpcore.WriteError(error) from error
 
     def close(self) -> None:
         self._stream.close()
 
-    def start_tls(self, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
-        with self._network.shaking_hands(self._stream.get_extra_info("socket")):
-            return self._network.watched(self._stream.start_tls(*args, **kwargs))
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        try:
+            with self._network.shaking_hands(self._stream.get_extra_info("socket")):
+                left = self._network.left(timeout, connecting=True)
+                return self._network.watched(self._stream.start_tls(ssl_context, server_hostname, left))
+        except BaseException:
+            self.close()  # nobody else would
+            raise
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)

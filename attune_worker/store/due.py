@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attune_worker.settings import Settings
-from attune_worker.store.connection import RedisClient, close_idle, connect, reaching
+from attune_worker.store.connection import Command, RedisClient, close_idle, connect, reaching, together
 from attune_worker.store.keys import FleetKeys, JobKeys, ShardKeys, job_in, shards
 from attune_worker.store.scripts import Argument, Script
 
@@ -17,7 +17,7 @@ WAKE = Script("wake", "values", "places", "ending")
 BATCH = 100
 """Most jobs of each kind, waiting or past their deadline, that are taken from one shard at a time."""
 
-RESEND_SECONDS = 30.0
+RESEND_SECONDS = 10.0
 """A job whose wake-up was sent is due again after this long, unless it was claimed."""
 
 RESEND_CAP_SECONDS = 300.0
@@ -61,6 +61,15 @@ class DueJobs:
             )
             taken = [(shard, raw) for shard, (_, *found) in zip(self._shards, answers, strict=True) for raw in found]
             return Due(self._priorities(taken, resend_seconds) if taken else (), sum(answer[0] for answer in answers))
+
+    def again(self, job_ids: Sequence[str]) -> None:
+        """Have jobs that were taken be due at once: their wake-ups could not be sent."""
+        commands: list[tuple[str, Command]] = []
+        for job_id in job_ids:
+            due = JobKeys.of(self._settings.namespace, job_id).due
+            commands.append((due, ("ZADD", due, "XX", 0, job_id)))
+        with reaching(self._settings):
+            together(self._redis, commands)
 
     def close(self) -> None:
         """Give the connections back."""

@@ -29,13 +29,14 @@ limits       hash    ``{ns}:limits:<provider>:<model>`` as above, and longer tha
 slots        zset    ``{ns}:slots:<provider>``          a day after the last write; an entry counts until
                                                         the end of its call's lease, its score (ms)
 budget       hash    ``{ns}:budget:<tenant>:<workflow>:<provider>:<per>``  63 days after the last write
-call         hash    ``{ns}:call:<id>``                 the retention time: until then a second settlement
-                                                        is known for one
+call         hash    ``{ns}:call:<id>``                 none while it is under way; then the retention time,
+                                                        at least an hour: until then a second settlement is
+                                                        known for one
 calls        zset    ``{ns}:calls``                     none: it shows calls whose worker died, and they
                                                         must not vanish; an entry leaves when its call
                                                         is settled. Score: end of the call's lease, ms
-jobcalls     list    ``{ns}:jobcalls:<job id>``         the retention time after the last call; ids of the
-                                                        job's calls, in order
+jobcalls     list    ``{ns}:jobcalls:<job id>``         63 days from the latest ADMIT; when that call has been
+                                                        settled, as long as it. Ids of the job's calls, in order
 workers      zset    ``{ns}:workers``                   none; an entry leaves when its worker ends, or is
                                                         found dead. Lease -> its end, ms
 sweep        hash    ``{ns}:sweep``                     a day: since when leases are watched without a gap
@@ -58,6 +59,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import quote
@@ -207,11 +209,11 @@ class FleetKeys:
 
     def call(self, call_id: str) -> str:
         """Return the key of one call's intent and settlement."""
-        return f"{self.tag}:call:{part(call_id)}"
+        return f"{self.tag}:call:{_part_of_id(call_id)}"
 
     def job_calls(self, job_id: str) -> str:
         """Return the key of the ids of a job's calls."""
-        return f"{self.tag}:jobcalls:{part(job_id)}"
+        return f"{self.tag}:jobcalls:{_part_of_id(job_id)}"
 
     def costs(self, day: str) -> str:
         """Return the key of a day's sums (``day`` like 20261123)."""
@@ -225,6 +227,15 @@ class FleetKeys:
         """Return the key of what is known of the models in one stage, in one workflow, or everywhere."""
         names = [part(name) for name in (workflow, stage) if name is not None]
         return ":".join([f"{self.tag}:evidence", *names])
+
+
+def _part_of_id(name: str) -> str:
+    """Return what ``part`` does, for names that come once: they would crowd out those that it remembers."""
+    return name if _PLAIN.fullmatch(name) else part(name)
+
+
+_PLAIN = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_PART}}}")
+"""Encoded, these stay as they are."""
 
 
 @lru_cache(maxsize=4096)

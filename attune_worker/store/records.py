@@ -73,8 +73,9 @@ class Records:
     def claim(self, job_id: str, owner: str, lease: str, channel: str = "") -> Claim | JobStatus:
         """Take a job that is queued or waits, or return the status that forbids it.
 
-        ``owner`` is unique to the delivery: the same one may ask again, should the answer have been lost. ``lease``
-        is that of the worker, and ``channel`` the one on which it is told the job's id when that is cancelled.
+        ``owner`` is unique to the delivery: the same one may ask again, should the answer have been lost, and gets the
+        same claim, though no second one after that. ``lease`` is that of the worker, and ``channel`` the one on which
+        it is told the job's id when that is cancelled.
         """
         answer = self._run(CLAIM, job_id, owner, lease, channel, self._settings.retention_seconds)
         if answer[0] != b"claimed":
@@ -84,7 +85,9 @@ class Records:
         attempts = attempts_of(progress)
         return Claim(fence, text, accepted_ms, claimed_ms, deadline_ms, started_ms, attempts, crashes)
 
-    def put_back(self, job_id: str, fence: int, wait_seconds: float, reason: str, attempts: Sequence[Attempt]) -> bool:
+    def put_back(
+        self, job_id: str, fence: int | bytes, wait_seconds: float, reason: str, attempts: Sequence[Attempt]
+    ) -> bool:
         """Have a claimed job wait before it goes on, though not past its deadline; False when it does not wait.
 
         That is so when another worker holds it by now, or it has ended; one that was cancelled while it ran ends
@@ -112,6 +115,16 @@ class Records:
             job_id
             for job_id, (state, cancelled_ms) in zip(job_ids, answers, strict=True)
             if state == b"cancelled" or (state == b"running" and cancelled_ms is not None)
+        }
+
+    def fences(self, job_ids: Sequence[str], lease: str) -> dict[str, bytes]:
+        """Return the fences of those of these jobs that run under ``lease``, as they stand in their records."""
+        keys = [self._keys(job_id).record for job_id in job_ids]
+        answers = self._together([(key, ("HMGET", key, "state", "worker", "fence")) for key in keys])
+        return {
+            job_id: fence
+            for job_id, (state, worker, fence) in zip(job_ids, answers, strict=True)
+            if state == b"running" and worker == lease.encode() and fence is not None
         }
 
     def take_over(self, job_id: str, lease: str, attempts: Sequence[Attempt], evidence: str) -> JobStatus | None:

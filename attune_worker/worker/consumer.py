@@ -16,7 +16,7 @@ from celery import bootsteps
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.consumer.tasks import Tasks
 
-from attune_worker.app import is_amqp
+from attune_worker.app import AMQP_PREFETCH, is_amqp
 from attune_worker.worker.intake import Intake
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,6 @@ LOOK_SECONDS = 1.0
 
 OVERDUE_SECONDS = 3.0
 """When the answer to a question for messages is late; Redis gives it after a second at most."""
-
-AMQP_PREFETCH = 1
-"""Messages that RabbitMQ sends to a worker before it has begun with them: so many wait if its threads are busy."""
 
 DELAYED_DELIVERY = "celery.worker.consumer.delayed_delivery:DelayedDelivery"
 

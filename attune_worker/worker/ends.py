@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ PAUSE_SECONDS = 0.1
 class _Kept:
     write: Callable[[], object]
     characters: int
+    job_id: str
 
 
 class Ends:
@@ -52,16 +54,24 @@ class Ends:
         self._kept: Backlog[_Kept] = Backlog(self._write_all, self._outage, "ends of jobs")
         self._lock = threading.Lock()
         self._characters = 0
+        self._jobs: Counter[str] = Counter()
         self._closing = threading.Event()
         self._news: SimpleQueue[Callable[[], object] | None] = SimpleQueue()  # None: there will be no more
         self._teller: threading.Thread | None = None
 
-    def write(self, write: Callable[[], T], characters: int = 0, then: Callable[[T], object] | None = None) -> T | None:
+    def write(
+        self,
+        write: Callable[[], T],
+        characters: int = 0,
+        then: Callable[[T], object] | None = None,
+        *,
+        job_id: str = "",
+    ) -> T | None:
         """Return what ``write`` returns; None: Redis is away, and it is written when Redis is back.
 
         ``then`` is told what a later ``write`` returned. While too much is kept already, this waits for Redis;
-        ``characters`` is how much ``write`` holds on to. Raises ``ServiceUnavailableError`` when Redis is there and
-        refuses what it is told.
+        ``characters`` is how much ``write`` holds on to, ``job_id`` whose end it is. Raises
+        ``ServiceUnavailableError`` when Redis is there and refuses what it is told.
         """
         gives_up = time.monotonic() + self._patience_seconds
         while True:
@@ -77,15 +87,21 @@ class Ends:
                     self._outage.succeeded()
                     return answer
             if self._closing.is_set() or (time.monotonic() > gives_up and self._room(characters)):
-                self.keep(write if then is None else lambda: self._tell(then, write()), characters)
+                self.keep(write if then is None else lambda: self._tell(then, write()), characters, job_id)
                 return None
             self._closing.wait(PAUSE_SECONDS)
 
-    def keep(self, write: Callable[[], object], characters: int = 0) -> None:
+    def keep(self, write: Callable[[], object], characters: int = 0, job_id: str = "") -> None:
         """Have ``write`` called, in another thread, until Redis answers."""
         with self._lock:
             self._characters += characters
-        self._kept.add(_Kept(write, characters))
+            self._jobs[job_id] += 1
+        self._kept.add(_Kept(write, characters, job_id))
+
+    def kept(self) -> set[str]:
+        """Return the jobs of which something is kept: what their records say of them is not the last word."""
+        with self._lock:
+            return set(self._jobs)
 
     def close(self, seconds: float) -> None:
         """Write what is left within ``seconds``, and say how much could not be."""
@@ -130,3 +146,4 @@ class Ends:
                 logger.exception("the end of a job could not be written")
         with self._lock:
             self._characters -= sum(kept.characters for kept in batch)
+            self._jobs -= Counter(kept.job_id for kept in batch)  # what is at zero is out

@@ -12,6 +12,7 @@ import logging
 import lzma
 import zlib
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 from celery.exceptions import InvalidTaskError
@@ -50,6 +51,8 @@ class Intake(CeleryConsumer):  # type: ignore[misc]  # celery has no type inform
         def on_readable(*args: Any) -> None:
             try:
                 read(*args)
+            except Empty:  # Kombu's word for: there was none
+                raise
             except self._broken_connections:
                 raise
             except Exception as error:  # noqa: BLE001  # the edge: anything may stand in the queue

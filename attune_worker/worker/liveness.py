@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 BEATS_PER_LEASE = 4
 """How often a lease is renewed: two answers in a row may be late or lost, and it still holds."""
 
+RETRY_SECONDS = 0.25
+"""When to try again after an answer that did not come: the lease runs on."""
+
 STOP_SECONDS = 2.0
 
 
@@ -88,7 +91,7 @@ class Lease:
             if unless_held and self.holds(self._id):
                 return
             if self._leases is None:
-                self._leases = Leases(self._settings)
+                self._leases = Leases(_impatient(self._settings))
             asked_at = time.monotonic()  # before the question: Redis' idea of the end is later than ours
             if self._id and self._leases.beat(self._id, self._seconds, again=True):
                 self._held_until = asked_at + self._seconds
@@ -111,8 +114,14 @@ class Lease:
                 if str(error) != complaint:
                     complaint = str(error)
                     logger.warning("this worker's lease is not renewed: %s", error)
-            if self._stopping.wait(self._seconds / BEATS_PER_LEASE):
+            if self._stopping.wait(RETRY_SECONDS if complaint else self._seconds / BEATS_PER_LEASE):
                 return
+
+
+def _impatient(settings: Settings) -> Settings:
+    """Return settings in which one answer that does not come leaves time for others before the lease is over."""
+    seconds = min(settings.redis_timeout_seconds, settings.recovery.lease_seconds / BEATS_PER_LEASE)
+    return settings.model_copy(update={"redis_timeout_seconds": seconds})
 
 
 def _new_id() -> str:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from celery import Celery
 
+from attune_worker.app import AMQP_PREFETCH, is_amqp
 from attune_worker.settings import Settings
+from attune_worker.store.leases import Leases
 from attune_worker.store.queued import QueuedJobs
 from attune_worker.wake_ups import messages_waiting, send_wake_ups
 
@@ -69,6 +71,7 @@ class LostWakeUps:
         self._app = app
         self._clock = clock
         self._queued = QueuedJobs(settings)
+        self._leases = Leases(settings)
         self._deficit = Deficit()
 
     def look(self) -> float:
@@ -80,19 +83,22 @@ class LostWakeUps:
         if not queued:
             self._deficit.begin_anew()
             return LOOK_SECONDS
-        if lost := self._deficit.lost(self._clock(), queued - messages_waiting(self._app)):
+        missing = queued - self._messages()
+        if lost := self._deficit.lost(self._clock(), missing):
             jobs = self._queued.take(WATCH_SECONDS, min(lost, MOST_AT_ONCE))
-            self._send(jobs)
+            send_wake_ups(self._app, jobs)
             if jobs:
                 logger.warning("%d wake-ups of jobs were lost and are sent again", len(jobs))
-        self._send(self._queued.take(FORGOTTEN_SECONDS, MOST_FORGOTTEN))
+        elif missing <= 0:
+            send_wake_ups(self._app, self._queued.take(FORGOTTEN_SECONDS, MOST_FORGOTTEN))
         return LOOK_SECONDS
 
     def close(self) -> None:
         """Give the connections back."""
         self._queued.close()
+        self._leases.close()
 
-    def _send(self, jobs: Sequence[tuple[str, int]]) -> None:
-        if jobs:
-            send_wake_ups(self._app, jobs)
-            self._deficit.begin_anew()
+    def _messages(self) -> int:
+        """Return how many messages there are, with those that RabbitMQ has sent to workers whose threads are busy."""
+        held = len(self._leases.live()) * AMQP_PREFETCH if is_amqp(self._app.attune_settings) else 0
+        return messages_waiting(self._app) + held

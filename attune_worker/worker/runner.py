@@ -23,6 +23,7 @@ from attune_worker.errors import (
 from attune_worker.inbox import Inbox
 from attune_worker.jobs import Job, JobResult, JobStatus
 from attune_worker.models.executor import EmpathyLLMExecutor
+from attune_worker.models.orphans import Orphans
 from attune_worker.results import wait_for
 from attune_worker.settings import Settings
 from attune_worker.store.records import Claim, Finish, Record, Records
@@ -30,7 +31,7 @@ from attune_worker.submission import Submission
 from attune_worker.worker.ends import Ends
 from attune_worker.worker.liveness import Lease
 from attune_worker.worker.outcomes import Pause, calls_of, cancelled, failed, succeeded, withdrawn
-from attune_worker.worker.starts import Start, Starts
+from attune_worker.worker.starts import STRAY_SECONDS, Start, Starts
 
 T = TypeVar("T")
 
@@ -59,20 +60,29 @@ NOTICE_SECONDS = 1.0
 """How soon ``submit``, waiting for a job, notices that its process ends."""
 
 SHUT_DOWN = "its worker was shut down"
+LEASE_LOST = "its worker's lease was lost"
 
 
 class Runner:
     """Runs jobs for one worker process, from any number of threads."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, stray_seconds: float = STRAY_SECONDS) -> None:
         self._settings = settings
         self._records = Records(settings)
         self._submission = Submission(settings)
         self._inbox = Inbox(settings)
         self._lease = Lease(settings)
         self._executor = EmpathyLLMExecutor(settings)
-        self._starts = Starts(self._records, self._inbox, self._lease)
+        self._orphans = Orphans(settings)
         self._ends = Ends()
+        self._starts = Starts(
+            self._records,
+            self._inbox,
+            self._lease,
+            kept=self._ends.kept,
+            calls=self._orphans.of_job,
+            stray_seconds=stray_seconds,
+        )
 
     def begin(self) -> None:
         """Hold the lease from now on, though there is no job yet: others see that this process lives."""
@@ -96,12 +106,15 @@ class Runner:
             try:
                 ended = self._execute(start, claim)
             except BaseException:  # the thread itself is to end: the job is not ours any more
-                self._ends.keep(lambda: self._put_back(job_id, claim, Pause(0, SHUT_DOWN, claim.attempts)))
+                self._ends.keep(
+                    lambda: self._put_back(job_id, claim, Pause(0, SHUT_DOWN, claim.attempts)), job_id=job_id
+                )
                 raise
             if isinstance(ended, Pause):
-                written = self._ends.write(lambda: self._put_back(job_id, claim, ended))
+                written = self._ends.write(lambda: self._put_back(job_id, claim, ended), job_id=job_id)
             else:
-                written = self._ends.write(lambda: self._finish(claim, ended), len(ended.content or ""), later)
+                characters = len(ended.content or "")
+                written = self._ends.write(lambda: self._finish(claim, ended), characters, later, job_id=job_id)
             return written or JobResult(job_id=job_id, status=JobStatus.RUNNING)
 
     def submit(self, fields: Mapping[str, Any], task_id: str) -> JobResult:
@@ -113,11 +126,15 @@ class Runner:
         again elsewhere does no harm.
         """
         [accepted] = self._submission.prepare([fields], task_id)
-        self._submission.refuse_conflicts([accepted], self._records.accept([accepted]))
+        self._submission.refuse_conflicts([accepted], self._patiently(lambda: self._records.accept([accepted])))
         while not (result := self.run(accepted[0])).status.ended:
             if (record := self._wait(accepted[0])) is not None:
                 return record.to_result()
         return result
+
+    def cancel_later(self, job_id: str) -> None:
+        """Cancel a job, as soon as Redis can be told; returns at once."""
+        self._ends.keep(lambda: self._records.cancel(job_id))
 
     def wind_down(self) -> None:
         """Begin nothing more; jobs that only wait in their threads are put back, calls under way go on."""
@@ -135,6 +152,7 @@ class Runner:
         self._starts.close()
         self._lease.stop()
         self._inbox.close()
+        self._orphans.close()
         self._records.close()
 
     def _claim(self, start: Start) -> Claim | JobStatus:
@@ -152,7 +170,7 @@ class Runner:
             return self._patiently(claim)
         except (ServiceUnavailableError, StoppedError):
             if tried:  # Redis may have heard it: nobody would run what this process holds
-                self._ends.keep(lambda: self._release(start, owner))
+                self._ends.keep(lambda: self._release(start, owner), job_id=start.job_id)
             raise
 
     def _release(self, start: Start, owner: str) -> None:
@@ -174,6 +192,7 @@ class Runner:
     def _execute(self, start: Start, claim: Claim) -> JobResult | Pause:
         job_id = start.job_id
         metadata: dict[str, JsonValue] = {}
+        start.interruption.only_while(lambda: self._lease.holds(start.lease), LEASE_LOST)
         try:
             job = Job.from_json(claim.job)
             metadata = job.metadata

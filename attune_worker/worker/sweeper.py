@@ -110,7 +110,11 @@ class Sweeper:
 
     def _wake_what_is_due(self) -> float:
         due = self._due.take(self._resend_seconds)
-        send_wake_ups(self._app, due.jobs)
+        try:
+            send_wake_ups(self._app, due.jobs)
+        except ServiceUnavailableError:
+            self._due.again([job_id for job_id, _ in due.jobs])
+            raise
         return TICK_SECONDS if due.waiting else IDLE_SECONDS
 
     @cached_property

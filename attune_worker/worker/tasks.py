@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from celery import Task, shared_task
 from celery.exceptions import Ignore
+from celery.signals import task_revoked
 from kombu.exceptions import KombuError, OperationalError
 
 from attune_worker.app import RUN_JOB, SUBMIT_JOB
@@ -73,3 +74,10 @@ def submit_job(task: QuietTask, job: dict[str, Any]) -> Summary:
         return Summary(task.runner.submit(job, task.request.id))
     except StoppedError:
         task.hand_back()
+
+
+@task_revoked.connect  # type: ignore[untyped-decorator]
+def cancel_revoked(sender: Any, request: Any, **_: Any) -> None:
+    """Cancel a job whose wake-up somebody has revoked, for instance in Flower: it would only be sent again."""
+    if sender.name == RUN_JOB:
+        runner_of(sender.app).cancel_later(request.id)

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -18,10 +19,11 @@ import psutil
 import pytest
 from redis import Redis
 
-from attune_worker.jobs import JobStatus
+from attune_worker.jobs import Attempt, JobResult, JobStatus
 from attune_worker.ledger import LedgerRecord
 from attune_worker.simulator import FixedLatency, Profile, Simulator
 from attune_worker.store.embedded import EmbeddedRedis
+from attune_worker.store.record import Record
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPT = BENCHMARKS / "chaos.py"
@@ -42,13 +44,13 @@ tcp_proxy = load("tcp_proxy")
 
 
 def test_short_run_keeps_every_promise(tmp_path):
-    """750 jobs through every kind of fault: none lost, none ended twice, the bill agrees to the call."""
+    """1,000 jobs through every kind of fault: none lost, none ended twice, the bill agrees to the call."""
     numbers = tmp_path / "found.json"
     command = [
         sys.executable,
         str(SCRIPT),
         "--seconds",
-        "45",
+        "60",
         "--json",
         str(numbers),
         "--folder",
@@ -58,11 +60,11 @@ def test_short_run_keeps_every_promise(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
     [found] = json.loads(numbers.read_text())["outcomes"]
-    assert found["jobs"] == 750
+    assert found["jobs"] == 1_000
     assert all(check["kept"] for check in found["checks"])
     assert {fault["kind"] for fault in found["faults"]} == {kind.name.lower() for kind in faults.Kind}
     assert len(found["findings"]["recoveries"]) > 0
-    assert sum(found["billed"].values()) > 600
+    assert sum(found["billed"].values()) > 800
 
 
 def test_ctrl_c_ends_everything_it_has_started(tmp_path, until):
@@ -142,33 +144,95 @@ def test_difference_between_ledger_and_bill_is_noticed():
     assert not bill.bill_agrees([known, unsure], [*lines, line("1", "0.002")]).kept
 
 
+LEASE_SECONDS = 10
+KILLED = {"how": "killed", "ended": 500}
+TOLD = {"how": "told to end, exit code 0", "told": 490, "ended": 500}
+STOPPED = {"stops": [(495, 520)]}
+RESTARTED, PAUSED = [(499, 501)], [(505, 525)]
+
+
 @pytest.mark.parametrize(
-    ("outcome", "error", "how", "stopped", "crashed", "explained"),
+    ("outcome", "error", "fate", "times", "away", "explained"),
     [
-        ("orphaned", None, "killed", False, True, True),
-        ("orphaned", None, "told to end, exit code 0", True, True, True),
-        ("orphaned", None, "told to end, exit code 0", False, True, False),
-        ("failed", "stopped", "told to end, exit code 0", False, False, True),
-        ("failed", "stopped", None, False, False, False),
-        ("failed", "timeout", None, False, False, True),
-        ("succeeded", None, "killed", False, True, True),
-        ("succeeded", None, "killed", False, False, False),
-        ("succeeded", None, None, False, True, False),
+        ("orphaned", None, KILLED, (490, 511, 511), [], True),
+        ("orphaned", None, KILLED, (90, 100, 100), [], False),  # it was alive for 400 s more
+        ("orphaned", None, KILLED, (490, 499, 499), [], False),
+        ("orphaned", None, KILLED, (490, 540, 540), [], False),  # and this is too late to be its doing
+        ("orphaned", None, KILLED, (490, 540, 540), PAUSED, True),
+        ("orphaned", None, KILLED, (490, 550, 550), PAUSED, False),
+        ("orphaned", None, STOPPED, (490, 521, 506), [], True),
+        ("orphaned", None, STOPPED, (90, 100, 100), [], False),
+        ("orphaned", None, STOPPED, (600, 611, 611), [], False),
+        ("orphaned", None, TOLD, (490, 511, 511), RESTARTED, True),
+        ("orphaned", None, TOLD, (490, 511, 511), [], False),
+        ("orphaned", None, TOLD, (90, 100, 100), RESTARTED, False),
+        ("failed", "stopped", TOLD, (485, 500, None), [], True),
+        ("failed", "stopped", TOLD, (85, 100, None), [], False),
+        ("failed", "stopped", {}, (485, 500, None), [], False),
+        ("failed", "timeout", {}, (480, 500, None), [], True),
+        ("succeeded", None, KILLED, (495, 499, 511), [], True),
+        ("succeeded", None, KILLED, (495, 499, None), [], False),
+        ("succeeded", None, KILLED, (90, 100, 511), [], False),  # its end had 400 s to be written
+        ("succeeded", None, KILLED, (90, 100, 111), [], False),
+        ("succeeded", None, STOPPED, (494, 521, 506), [], True),
+        ("succeeded", None, STOPPED, (90, 100, 506), [], False),
+        ("succeeded", None, STOPPED, (494, 521, 480), [], False),
+        ("succeeded", None, TOLD, (490, 499, 511), RESTARTED, True),
+        ("succeeded", None, TOLD, (490, 499, 511), [], False),
+        ("succeeded", None, TOLD, (90, 100, 511), RESTARTED, False),
+        ("succeeded", None, {}, (490, 499, 511), [], False),
     ],
 )
-def test_second_call_needs_a_fault_that_its_first_one_met(outcome, error, how, stopped, crashed, explained):
-    """A worker that was neither killed nor stopped nor told to end explains no second call."""
-    life = fleet.Life("w", 1, 0.0, how=how)
-    call = extras.Call([record("1", outcome=outcome, error=error)], life, stopped, crashed)
-    assert (extras.reason(call) is not None) is explained
+def test_second_call_needs_a_fault_that_its_first_one_met(outcome, error, fate, times, away, explained):
+    """What happened to its worker long before or after the call explains no second one; ``times``: began to lost."""
+    call = extras.Call([record("1", outcome=outcome, error=error)], fleet.Life("w", 1, 0.0, **fate), *times)
+    assert (extras.reason(call, extras.Faults(LEASE_SECONDS, away)) is not None) is explained
 
 
-def test_worker_that_ends_without_redis_explains_a_second_call():
-    """It can write down no end; had Redis been there, it should have."""
-    life = fleet.Life("w", 1, 0.0, how="told to end, exit code 0")
-    for cut_off in (True, False):
-        call = extras.Call([record("1")], life, stopped=False, job_crashed=True, cut_off=cut_off)
-        assert (extras.reason(call) is not None) is cut_off
+def test_second_call_is_looked_up_in_bill_ledger_and_journal():
+    """Two served calls of one job: the first is explained by the loss of the very worker that made it, then."""
+    assert wasted(lost_lease="h:7:x", after_seconds=12, answering="2") == [("1", True)]
+    assert wasted(lost_lease="h:7:x", after_seconds=60, answering="2") == [("1", False)]
+    assert wasted(lost_lease="h:8:y", after_seconds=12, answering="2") == [("1", False)]
+
+
+def test_call_that_gave_no_answer_is_the_wasted_one_even_if_it_was_the_later_one():
+    """A worker may be stopped between leave for its call and the call: that comes after all others, and in vain."""
+    assert wasted(lost_lease="h:7:x", after_seconds=12, answering="1") == [("2", False)]
+    assert wasted(lost_lease="h:8:y", after_seconds=42, answering="1") == [("2", True)]
+
+
+def wasted(*, lost_lease, after_seconds, answering):
+    """Return the call of one job that was made in vain, and whether that is explained.
+
+    Call 1 was made by h:7:x at 0 s, and call 2 by h:8:y 30 s later; both of these were killed 1 s after it.
+    """
+    began, later = NOW.timestamp(), NOW + timedelta(seconds=30)
+    written = [record("1", cost="0.001"), replace(record("2", cost="0.001"), time=later, written=later)]
+    bill_lines = [line("1", "0.001"), line("2", "0.001") | {"time": later.timestamp()}]
+    calls = {"1": journal.Admitted("job", "h:7:x", began), "2": journal.Admitted("job", "h:8:y", later.timestamp())}
+    lives = [fleet.Life("w7", 7, 0.0, ended=1.0, how="killed"), fleet.Life("w8", 8, 0.0, ended=31.0, how="killed")]
+    seen = contenders.Seen(lives, journal.Journal(calls=calls), bill_lines, [], [], began)
+    at = f"{NOW + timedelta(seconds=after_seconds):%Y-%m-%dT%H:%M:%SZ}"
+    attempt = Attempt(
+        model_id="m", provider="p", tier="cheap", outcome="succeeded", latency_ms=1, cost_usd=None, call_id=answering
+    )
+    result = JobResult(job_id="job", status=DONE, content="yes", attempts=(attempt,))
+    ended = Record(
+        "job", DONE, result=result.model_dump_json(), lost=(f"{at} worker {lost_lease} was lost; no call was open",)
+    )
+    return [
+        (one.call_id, one.why is not None)
+        for one in extras.extras(seen, written, {"job": ended}, lease_seconds=LEASE_SECONDS)
+    ]
+
+
+def test_worker_that_ends_by_itself_is_noticed():
+    """So is one that has to be killed because it does not end when told."""
+    good = [fleet.Life("a", 1, 0.0, how="killed"), fleet.Life("b", 2, 0.0, how="told to end, exit code 0")]
+    assert checks.workers_end_when_told(good).kept
+    for how in (f"{fleet.BY_ITSELF} with exit code 1", fleet.DID_NOT_END):
+        assert not checks.workers_end_when_told([*good, fleet.Life("c", 3, 0.0, how=how)]).kept
 
 
 def record(call_id, *, outcome="succeeded", cost=None, estimate=None, error=None):
@@ -301,8 +365,8 @@ def test_proxy_hangs_up_when_there_is_nothing_behind_it():
         port = unused.getsockname()[1]
     with (
         tcp_proxy.TcpProxy(port) as proxy,
-        socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as connection,
         pytest.raises(ConnectionResetError),
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as connection,
     ):
         connection.recv(100)
 

@@ -179,6 +179,16 @@ def test_every_difference_is_listed_and_is_exit_code_1(invoke, invoice, calls):
     assert "\x1b[2J" not in shown
 
 
+def test_what_cannot_be_judged_is_shown_and_is_exit_code_1(invoke, calls, tmp_path):
+    """Half of a call's lines have no price; the amount that is known agrees, and that is not enough."""
+    file = tmp_path / "usage.csv"
+    rows = [f"{record.request_id},{record.model_id},{record.cost_usd},," for record in calls]
+    rows.append(f"{calls[0].request_id},{calls[0].model_id},,9,9")
+    file.write_text("\n".join(["request_id,model,cost_usd,input_tokens,output_tokens", *rows]))
+    shown = invoke("costs", "reconcile", "--invoice", str(file), code=1).stdout
+    assert all(text in shown for text in ("1 difference", "cannot be judged", calls[0].call_id, "They do not agree."))
+
+
 def test_an_export_with_columns_of_its_own_can_be_read(invoke, calls, tmp_path):
     """``--column`` says what a provider calls them; a provider's invoice is held against its calls alone."""
     file = tmp_path / "usage.csv"

@@ -287,6 +287,7 @@ def test_settlement_that_redis_refuses_holds_up_nobody(
 ) -> None:
     """Again would fail again: it is logged and left, and those around it are written."""
     executor = make_executor(budgets=SOFT)
+    executor.execute(JOB)
     own_server.stop()
     executor.execute(JOB)
     backlog = executor._admission._unsettled

@@ -90,8 +90,8 @@ def test_more_messages_than_jobs_are_no_deficit(missing: int) -> None:
     assert {deficit.lost(second, missing) for second in range(20)} == {0}
 
 
-def test_deficit_begins_anew_after_a_gap_and_after_sending() -> None:
-    """Whoever begins to lead knows nothing of what was, and what was sent takes its time."""
+def test_deficit_begins_anew_after_a_gap_and_when_told() -> None:
+    """Whoever begins to lead knows nothing of what was, and an empty line has lost nothing."""
     deficit = Deficit()
     assert [deficit.lost(second, 5) for second in (0, 3, 5)] == [0, 0, 5]
     assert [deficit.lost(second, 5) for second in (11, 14, 16)] == [0, 0, 5]
@@ -159,6 +159,14 @@ def test_great_loss_is_made_good_bit_by_bit(client: Client, app: Celery, watch: 
         watch.look(1)
         sizes.add(messages_waiting(app))
     assert sizes == {0, MOST_AT_ONCE, count}
+
+
+def test_jobs_that_have_waited_for_hours_hide_no_loss(client: Client, app: Celery, watch: Watch, redis: Redis) -> None:
+    """A long line is when a purged queue hurts most."""
+    submit(client, redis, 500, seconds_ago=4_000)
+    purge(app)
+    watch.look(WATCH_SECONDS + 1)
+    assert messages_waiting(app) == 500
 
 
 def test_job_that_messages_of_others_hide_is_woken_within_the_hour(

@@ -1,10 +1,12 @@
 """Which jobs are taken from whom? The sweeper's part in it, over a real Redis and without worker processes."""
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from celery import Celery
@@ -13,14 +15,18 @@ from redis import Redis
 from attune_worker.app import make_app
 from attune_worker.client import Client
 from attune_worker.jobs import Attempt, Decision, Job, JobResult, JobStatus
+from attune_worker.ledger import Ledger
+from attune_worker.models.admission import ADMIT
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
 from attune_worker.store.keys import FleetKeys, new_job_id
 from attune_worker.store.leases import Leases
 from attune_worker.store.records import Claim, Finish, Records
+from attune_worker.store.scripts import Script
 from attune_worker.worker.liveness import Lease
 from attune_worker.worker.recovery import TAKE_OVER_BATCH, Recovery, history
+from attune_worker.worker.runner import Runner
 from attune_worker.worker.sweeper import Sweeper
 from tests.conftest import API_KEY
 
@@ -166,6 +172,102 @@ def test_call_under_way_is_in_the_job_s_history(
     assert "openai/gpt-6-luna" in record.lost[0]
     caller.join()
     executor.close()
+
+
+class LateAnswer:
+    """Passes connections on to Redis; the first answer to one script is kept from its asker until it is let go."""
+
+    def __init__(self, port: int, script: Script) -> None:
+        self._target = port
+        self._sha = script.sha.encode()
+        self.held, self.let_go = threading.Event(), threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._open = [self._listener]
+        self._threads = [threading.Thread(target=self._serve)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        self.let_go.set()
+        for one in self._open:
+            with suppress(OSError):  # its other end is gone
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(SOON)
+        for one in self._open:
+            one.close()
+
+    def _serve(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._open += near, far
+                asked = threading.Event()
+                for ends in ((near, far, asked, self._ask), (far, near, asked, self._answer)):
+                    self._threads.append(threading.Thread(target=self._pass_on, args=ends))
+                    self._threads[-1].start()
+
+    def _pass_on(
+        self,
+        source: socket.socket,
+        sink: socket.socket,
+        asked: threading.Event,
+        look: Callable[[bytes, threading.Event], None],
+    ) -> None:
+        with suppress(OSError):
+            while data := source.recv(65_536):
+                look(data, asked)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def _ask(self, data: bytes, asked: threading.Event) -> None:
+        if self._sha in data and not self.held.is_set():
+            asked.set()
+
+    def _answer(self, _: bytes, asked: threading.Event) -> None:
+        if asked.is_set() and not self.let_go.is_set():
+            self.held.set()
+            self.let_go.wait(LONG)
+
+
+def test_no_call_begins_under_a_lease_that_was_lost_after_leave_was_given(
+    make_environ: Any, simulator: Simulator, settings: Settings, redis: Redis, leases: Leases, until: Until
+) -> None:
+    """As in a process that stood still with the leave in hand: the job is put back, and called for once, elsewhere."""
+    redis.script_load(ADMIT.text)
+    url = settings.redis_url.get_secret_value()
+    port = urlsplit(url).port
+    assert port is not None
+    with closing(LateAnswer(port, ADMIT)) as late, closing(Records(settings)) as records:
+        environ = make_environ(
+            simulator,
+            NAMESPACE=settings.namespace,
+            RECOVERY__LEASE_SECONDS=1,
+            REDIS_URL=url.replace(f":{port}", f":{late.port}"),
+            REDIS_TIMEOUT_SECONDS=30,
+        )
+        job_id = new_job_id()
+        job = Job.parse({"task_type": "summarize", "prompt": "a prompt", "model": "gpt-6-luna"})
+        records.accept([(job_id, job, job.to_json())])
+        with closing(Runner(Settings.load(environ=environ))) as slow:
+            ends: list[JobResult] = []
+            thread = threading.Thread(target=lambda: ends.append(slow.run(job_id)))
+            thread.start()
+            assert late.held.wait(SOON)
+            [lease] = leases.live()
+            leases.drop(lease)
+            until(lambda: set(leases.live()) - {lease})
+            late.let_go.set()
+            thread.join(SOON)
+        assert [(end.status, end.attempts) for end in ends] == [(JobStatus.WAITING, ())]
+        assert simulator.invoice()["calls"] == []
+        with closing(Runner(settings)) as another:
+            assert another.run(job_id).succeeded
+        assert len(simulator.invoice()["calls"]) == 1
+        with closing(Ledger(settings)) as ledger:
+            assert [record.outcome for record in ledger.records()] == ["succeeded"]
+    assert redis.zcard(FleetKeys(settings.namespace).calls) == 0
 
 
 def test_great_many_jobs_are_taken_over_bit_by_bit(records: Records, recovery: Recovery, until: Until) -> None:

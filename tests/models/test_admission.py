@@ -27,6 +27,7 @@ from attune_worker.errors import (
     RateLimitedError,
 )
 from attune_worker.jobs import Job
+from attune_worker.ledger import Ledger
 from attune_worker.limits import Limits
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
@@ -227,6 +228,7 @@ CHILD = """
 import json, sys
 from attune_worker.errors import AttuneError
 from attune_worker.jobs import Job
+from attune_worker.ledger import Ledger
 from attune_worker.models.executor import EmpathyLLMExecutor
 executor = EmpathyLLMExecutor()
 print("ready", flush=True)
@@ -469,12 +471,64 @@ def test_money_that_is_only_reserved_is_waited_for(
     assert the_budget(executor).spent_usd == billed(simulator)
 
 
+DAYS_OFF = """
+import os, sys, time
+from urllib.parse import urlsplit
+real = time.time
+time.time = lambda: real() + float(sys.argv[1]) * 86_400
+from decimal import Decimal
+from uuid import uuid4
+from attune_worker.jobs import Job
+from attune_worker.ledger import Ledger
+from attune_worker.models.admission import Admission
+from attune_worker.models.calls import Outcome, Permit, Quote, Request
+from attune_worker.models.registry import Registry
+from attune_worker.settings import Settings
+from benchmarks.tcp_proxy import TcpProxy
+url = os.environ["ATTUNE_REDIS_URL"]
+port = urlsplit(url).port
+done = Outcome("succeeded", "success", 5, Decimal("0.25"), 1, 1)
+with TcpProxy(1) as proxy:  # nobody is there
+    settings = Settings.load(environ={**os.environ, "ATTUNE_REDIS_URL": url.replace(f":{port}", f":{proxy.port}")})
+    model = Registry.from_settings(settings).find("openai/gpt-6-luna")[0]
+    job = Job(task_type="summarize", prompt="?")
+    admission = Admission(settings)
+    verdict = admission.admit(Request(uuid4().hex, "", job, (Quote(model, 1, Decimal(1)),)))
+    assert isinstance(verdict, Permit) and verdict.own_generation is not None, verdict
+    if sys.argv[2] == "away":
+        admission.settle(verdict, done)
+    proxy.target_port = port
+    if sys.argv[2] == "back":
+        admission.settle(verdict, done)
+    admission.close()
+"""
+
+
+@pytest.mark.parametrize("settled", ["away", "back"])
+@pytest.mark.parametrize("days", ["-3", "3"])
+def test_program_that_never_heard_redis_clock_counts_for_today(
+    environ: dict[str, str], settings: Settings, redis: Redis, days: str, settled: str
+) -> None:
+    """Days off by its own clock, and its first call made while Redis was away: sums, ledger and budgets have it now."""
+    budgets = [{"per": "day", "limit_usd": "9", "hard": False}]
+    child = process_environ({**environ, "ATTUNE_BUDGETS": json.dumps(budgets)})
+    subprocess.run([sys.executable, "-c", DAYS_OFF, days, settled], env=child, check=True, timeout=60)
+    budgeted = Settings.model_validate({**settings.model_dump(), "budgets": budgets})
+    [budget] = Budgets(budgeted, redis).status()
+    [record] = Ledger(settings, redis).records()
+    assert budget.spent_usd == Decimal("0.25")
+    assert abs((record.written - record.time).total_seconds()) < 60
+    keys = FleetKeys(settings.namespace)
+    assert list(redis.scan_iter(match=f"{keys.tag}:costs:*")) == [keys.costs(f"{record.written:%Y%m%d}").encode()]
+
+
 SKEWED = """
 import sys, time
 real = time.time
 time.time = lambda: real() + float(sys.argv[1]) * 3600
 from decimal import Decimal
 from attune_worker.jobs import Job
+from attune_worker.ledger import Ledger
 from attune_worker.models.admission import Admission
 from attune_worker.models.calls import Outcome, Permit, Quote, Request
 from attune_worker.models.registry import Registry

@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from redis import Redis
 
 from attune_worker.errors import (
     BadRequestError,
@@ -18,11 +19,14 @@ from attune_worker.errors import (
     OverloadedError,
     ProviderConnectionError,
     RateLimitedError,
+    StoppedError,
 )
-from attune_worker.jobs import ModelTier
+from attune_worker.interruption import Interruption
+from attune_worker.jobs import Job, ModelTier
 from attune_worker.models.executor import EmpathyLLMExecutor, ExecutionContext, LLMResponse
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator, prompt_digest
+from attune_worker.store.keys import FleetKeys
 
 Run = Callable[..., LLMResponse]
 
@@ -157,6 +161,23 @@ def test_time_up_is_the_deadline_and_not_the_providers_fault(run: Run, simulator
     misbehaving(simulator, {"hang": 1})
     error = error_of(run, "summarize", "?", context=ExecutionContext(timeout_seconds=0.2), model=model)
     assert isinstance(error, DeadlineExceededError)
+
+
+def test_call_is_not_made_once_the_job_has_lost_the_right_to_it(
+    executor: EmpathyLLMExecutor, settings: Settings, simulator: Simulator, redis: Redis
+) -> None:
+    """Leave for it was given before; it is given back, and nothing is sent or counted."""
+    keys = FleetKeys(settings.namespace)
+    interruption = Interruption()
+    interruption.only_while(lambda: False, "its lease was lost")
+    job = Job.parse({"task_type": "summarize", "prompt": "?"})
+    with pytest.raises(StoppedError, match="its lease was lost") as caught:
+        executor.execute(job, job_id="job-1", interruption=interruption)
+    assert caught.value.attempts == ()
+    assert calls(simulator) == []
+    assert redis.zcard(keys.calls) == 0
+    [call_id] = redis.lrange(keys.job_calls("job-1"), 0, -1)
+    assert redis.hmget(keys.call(call_id.decode()), "state", "outcome") == [b"settled", b"released"]
 
 
 def test_timeout_of_one_request_leaves_time_for_others(environ: dict[str, str], simulator: Simulator) -> None:

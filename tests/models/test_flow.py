@@ -18,6 +18,7 @@ from attune_worker.errors import (
     NotNowError,
     OverloadedError,
     ProviderTimeoutError,
+    StoppedError,
 )
 from attune_worker.jobs import Attempt, Job, ModelTier
 from attune_worker.models.adaptive import AdaptiveModelRouter
@@ -33,6 +34,7 @@ from attune_worker.models.flow import (
     Send,
     Settle,
     Start,
+    Unsent,
     Wait,
 )
 from attune_worker.models.registry import ModelInfo, Registry
@@ -56,6 +58,10 @@ ANSWER = HttpResponse(
     ).encode(),
 )
 OVERLOADED = HttpResponse(529, {}, b"{}")
+RATE_LIMITED = HttpResponse(429, {}, b"{}")
+SHORT = 0.5
+"""Seconds; longer than a flow takes between two effects."""
+
 FAILED = Attempt(
     model_id="claude-haiku-5-5",
     provider="anthropic",
@@ -311,6 +317,28 @@ def test_call_that_is_broken_off_is_settled_as_abandoned(lab: Lab) -> None:
     )
 
 
+def test_call_that_was_not_sent_after_all_is_released_and_ends_the_start(lab: Lab) -> None:
+    """It costs nothing and is no attempt: those of earlier starts are all there were."""
+    flow = lab.flow(attempts=(FAILED,))
+    taken = permit(flow.send(None))
+    assert isinstance(flow.send(taken), Send)
+    assert flow.send(Unsent(StoppedError("its lease was lost"))) == Settle(taken, Outcome.released())
+    with pytest.raises(StoppedError) as caught:
+        flow.send(None)
+    assert (caught.value.message, caught.value.attempts) == ("its lease was lost", (FAILED,))
+    assert lab.abandoned == []
+
+
+def test_release_that_is_broken_off_is_handed_over(lab: Lab) -> None:
+    """As every settlement is: the call is not taken for one that may have cost something."""
+    flow = lab.flow()
+    taken = permit(flow.send(None))
+    flow.send(taken)
+    flow.send(Unsent(StoppedError("its lease was lost")))
+    flow.close()
+    assert lab.abandoned == [(taken, Outcome.released())]
+
+
 def test_settlement_that_is_broken_off_is_handed_over(lab: Lab) -> None:
     """Nobody knows whether it was written; the second time counts for nothing."""
     flow = lab.flow()
@@ -370,3 +398,52 @@ def test_time_that_is_up_asks_for_nothing(lab: Lab) -> None:
     while time.monotonic() == began:
         pass
     assert isinstance(error_of(flow, None), DeadlineExceededError)
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        ({"patience_seconds": 30.0}, NotNowError),
+        ({"patience_seconds": 30.0, "timeout_seconds": 1000.0}, NotNowError),
+        ({"patience_seconds": 30.0, "timeout_seconds": SHORT}, DeadlineExceededError),
+        ({}, DeadlineExceededError),
+    ],
+)
+def test_wait_that_took_longer_than_the_start_ends_a_worker_s_job_only_at_its_deadline(
+    make_lab: Callable[..., Lab], until: Any, start: dict[str, Any], kind: type[ExecutionError]
+) -> None:
+    """It is put back with the reason; a program that waits for the answer itself has no other start."""
+    flow = make_lab(timeout_seconds=SHORT).flow(**start)
+    permit(flow.send(None))
+    assert flow.refused(Refusal("everybody is busy", 0.01)) == Wait(0.01)
+    began = time.monotonic()
+    until(lambda: time.monotonic() > began + SHORT)
+    error = error_of(flow, None)
+    assert type(error) is kind
+    assert kind is DeadlineExceededError or error.message == "everybody is busy"
+
+
+@pytest.mark.parametrize("reply", [RATE_LIMITED, ProviderTimeoutError("no answer")])
+def test_call_that_took_up_the_start_ends_the_job(make_lab: Callable[..., Lab], until: Any, reply: Reply) -> None:
+    """Also a worker's, whether another model or the same one, a while later, would be next."""
+    flow = make_lab(timeout_seconds=SHORT).flow(patience_seconds=30.0)
+    flow.send(permit(flow.send(None)))
+    began = time.monotonic()
+    until(lambda: time.monotonic() > began + SHORT)
+    assert isinstance(flow.send(reply), Settle)
+    error = error_of(flow, None)
+    assert isinstance(error, DeadlineExceededError)
+    assert len(error.attempts) == 1
+
+
+def test_wait_leaves_a_call_of_the_same_start_enough_time(make_lab: Callable[..., Lab]) -> None:
+    """Else the job is put back: a call of milliseconds would be paid for in vain, and end the job."""
+    lab = make_lab(timeout_seconds=20.0)
+    flow = lab.flow(patience_seconds=30.0)
+    permit(flow.send(None))
+    error = error_of(flow, Refusal("everybody is busy", 11.0))
+    assert isinstance(error, NotNowError)
+    assert error.retry_after == 11.0
+    for flow in (lab.flow(patience_seconds=30.0, timeout_seconds=15.0), lab.flow()):
+        permit(flow.send(None))
+        assert flow.refused(Refusal("everybody is busy", 11.0)) == Wait(11.0)

@@ -123,15 +123,14 @@ def test_no_call_of_a_job_begins_while_redis_is_away(settings: Settings, ask: Ca
 
 
 def test_calls_of_a_job_are_listed_in_order(
-    admission: Admission, ask: Callable[..., Request], redis: Redis, settings: Settings, keys: FleetKeys
+    admission: Admission, ask: Callable[..., Request], redis: Redis, keys: FleetKeys
 ) -> None:
-    """Each once, for as long as results are kept; calls without a job are in no list."""
+    """Each once; calls without a job are in no list."""
     requests = [ask(), ask(), ask(job_id="")]
     for request in (*requests, requests[0]):
         permit(admission, request)
     ids = [member.decode() for member in redis.lrange(keys.job_calls("job-1"), 0, -1)]
     assert ids == [request.call_id for request in requests[:2]]
-    assert settings.retention_seconds - 60 < redis.ttl(keys.job_calls("job-1")) <= settings.retention_seconds
     assert not redis.exists(keys.job_calls(""))
 
 
@@ -191,6 +190,64 @@ def test_overdue_calls_are_settled_and_others_are_not(
     assert {record.call_id for record in Ledger(orphans._settings, redis).records()} == {one.call_id for one in late}
 
 
+@pytest.mark.parametrize("gone", ["call", "state"])
+def test_call_that_nobody_can_settle_is_given_up_aloud(
+    admission: Admission,
+    orphans: Orphans,
+    ask: Callable[..., Request],
+    redis: Redis,
+    keys: FleetKeys,
+    caplog: pytest.LogCaptureFixture,
+    gone: str,
+) -> None:
+    """Its reservation can be given back by nobody, so that is said once, and nothing of it stays for good."""
+    lost, settled = permit(admission, ask(lease="")), permit(admission, ask(lease=""))
+    admission.settle(settled, Outcome.released())
+    if gone == "call":
+        redis.delete(keys.call(lost.call_id))
+    else:
+        redis.hset(keys.call(lost.call_id), "state", "garbage")
+    redis.zadd(keys.calls, {lost.call_id: 1, settled.call_id: 1})
+    assert [orphans.overdue(), orphans.overdue()] == [0, 0]
+    [said] = [record.getMessage() for record in caplog.records if "is given up" in record.getMessage()]
+    assert lost.call_id in said
+    assert redis.ttl(keys.call(lost.call_id)) > 0 or gone == "call"
+
+
+def pass_time(redis: Redis, settings: Settings, seconds: int) -> None:
+    """Have every key lose so much of its life, as it would if so much time passed."""
+    for key in redis.scan_iter(match=f"*{settings.namespace}*"):
+        left = redis.ttl(key)
+        if left >= 0:
+            redis.expire(key, left - seconds)  # a key without any left is deleted
+
+
+@pytest.mark.parametrize("by", ["take-over", "overdue"])
+def test_open_call_waits_for_a_fleet_that_was_down_for_days(
+    admission: Admission,
+    orphans: Orphans,
+    ask: Callable[..., Request],
+    redis: Redis,
+    settings: Settings,
+    keys: FleetKeys,
+    by: str,
+) -> None:
+    """Longer than results are kept: the call is still found and charged once, and then it has an end of its own."""
+    taken = permit(admission, ask())
+    pass_time(redis, settings, 10 * settings.retention_seconds)
+    if by == "take-over":
+        [attempt] = orphans.of_job("job-1", LEASE)
+        assert (attempt.outcome, attempt.call_id) == ("orphaned", taken.call_id)
+    else:
+        redis.zadd(keys.calls, {taken.call_id: 1})
+        assert orphans.overdue() == 1
+    [record] = Ledger(settings, redis).records()
+    assert (record.call_id, record.outcome) == (taken.call_id, "orphaned")
+    assert redis.zcard(keys.calls) == 0
+    for key in (keys.call(taken.call_id), keys.job_calls("job-1")):
+        assert settings.retention_seconds - 60 < redis.ttl(key) <= settings.retention_seconds
+
+
 @pytest.mark.parametrize(
     "garbage", [{"model": None}, {"stage": None}, {"budgets": "x"}, {"budgets": "dt"}, {"admitted_ms": "soon"}]
 )
@@ -213,6 +270,7 @@ def test_garbled_intent_stops_nobody(
     redis.zadd(keys.calls, {garbled.call_id: 1})
     assert orphans.overdue() == 0
     assert redis.zcard(keys.calls) == 0
+    assert redis.ttl(keys.call(garbled.call_id)) > 0
 
 
 def test_record_of_a_call_stays_small(

@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -242,14 +242,14 @@ WITHIN_SECONDS = 1.0
 """How soon after the stop the connection is closed."""
 
 
-def stopped_while(sender: HttpSender, url: str, reached: threading.Event) -> float:
+def stopped_while(sender: HttpSender, url: str, reached: threading.Event, body: bytes = b"{}") -> float:
     """Stop a call once ``reached``, and return how long the call still took."""
     interruption = Interruption()
     ended: list[float] = []
 
     def call() -> None:
         with pytest.raises(StoppedError, match="cancelled"):
-            sender.send(HttpRequest(url, {}, b"{}"), 30, interruption)
+            sender.send(HttpRequest(url, {}, body), 30, interruption)
         ended.append(time.monotonic())
 
     thread = threading.Thread(target=call)
@@ -259,6 +259,70 @@ def stopped_while(sender: HttpSender, url: str, reached: threading.Event) -> flo
     interruption.stop("cancelled")
     thread.join(20)
     return ended[0] - stopped
+
+
+@pytest.fixture
+def deaf_url(until: Any) -> Iterator[str]:
+    """The URL of a listener that answers no connection any more: its queue is full."""
+    with ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+
+        def full() -> bool:
+            filler = sockets.enter_context(socket.socket())
+            filler.settimeout(0.2)
+            with suppress(TimeoutError):
+                filler.connect(listener.getsockname())
+                return False
+            return True
+
+        until(full)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_call_that_is_stopped_while_it_connects_ends_at_once(deaf_url: str, until: Any, scheme: str) -> None:
+    """Long before the connect timeout, and without leaving the socket behind."""
+    sender = HttpSender(HttpSettings(connect_timeout_seconds=20))
+    before = open_sockets()
+    reached = threading.Event()
+
+    def watch() -> None:
+        until(lambda: open_sockets() > before)
+        reached.set()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    assert stopped_while(sender, deaf_url.replace("http", scheme), reached) < WITHIN_SECONDS
+    watching.join()
+    assert open_sockets() <= before
+
+
+@pytest.mark.parametrize(("connect_timeout_seconds", "timeout_seconds"), [(0.3, 20), (20, 0.3)])
+def test_connection_that_nobody_answers_times_out_and_costs_nothing(
+    deaf_url: str, connect_timeout_seconds: float, timeout_seconds: float
+) -> None:
+    """Whichever limit is the shorter one."""
+    sender = HttpSender(HttpSettings(connect_timeout_seconds=connect_timeout_seconds))
+    begun = time.monotonic()
+    with pytest.raises(ProviderTimeoutError, match="connect timeout") as caught:
+        sender.send(HttpRequest(deaf_url, {}, b"{}"), timeout_seconds)
+    assert not caught.value.may_have_cost
+    assert 0.3 <= time.monotonic() - begun < 5
+
+
+def test_next_address_of_a_host_is_tried(raw_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host with an IPv6 address that leads nowhere is reached by its IPv4 address."""
+    server = raw_server(answers(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"))
+    real = socket.getaddrinfo
+
+    def two_addresses(host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
+        assert host == "two.test"
+        return [*real("127.0.0.1", 1, *args, **kwargs), *real("127.0.0.1", port, *args, **kwargs)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two_addresses)
+    assert HttpSender(SETTINGS).send(HttpRequest(f"http://two.test:{server.port}", {}, b"{}"), 5).body == b"{}"
 
 
 def hung_up(connection: socket.socket) -> bool:
@@ -433,3 +497,63 @@ def test_tls_handshake_that_is_stopped_ends_at_once() -> None:
         assert stopped_while(HttpSender(settings), url, reached) < WITHIN_SECONDS
         thread.join(10)
     assert gone == [True]
+
+
+LONG = bytes(32 * 2**20)
+"""More than the buffers between two sockets hold."""
+
+
+@pytest.fixture(params=["http", "https"])
+def slow_reader(request: pytest.FixtureRequest) -> Iterator[Callable[..., str]]:
+    """Return a function that serves one connection over either protocol."""
+    if request.param == "https":
+        yield request.getfixturevalue("tls_server")
+        return
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threads: list[threading.Thread] = []
+
+        def start(script: Callable[[socket.socket], None]) -> str:
+            def serve() -> None:
+                connection, _ = listener.accept()
+                with connection, suppress(OSError):
+                    script(connection)
+
+            threads.append(threading.Thread(target=serve))
+            threads[-1].start()
+            return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        yield start
+        for thread in threads:
+            thread.join(10)
+
+
+def test_request_that_is_taken_in_sips_is_cut_off_at_the_deadline(slow_reader: Callable[..., str]) -> None:
+    """Each piece goes out in time, the whole does not: a write timeout alone would wait until it is all taken."""
+    over = threading.Event()
+
+    def sip(connection: socket.socket) -> None:
+        while connection.recv(65_536) and not over.wait(0.01):
+            pass
+
+    url = slow_reader(sip)
+    begun = time.monotonic()
+    with pytest.raises(ProviderTimeoutError) as caught:
+        HttpSender(SETTINGS).send(HttpRequest(url, {}, LONG), 0.5)
+    over.set()
+    assert caught.value.may_have_cost
+    assert time.monotonic() - begun < 0.5 + WITHIN_SECONDS
+
+
+def test_call_that_is_stopped_while_nobody_takes_its_request_ends_at_once(slow_reader: Callable[..., str]) -> None:
+    """The thread that writes waits for room in a buffer that stays full."""
+    reached, ended = threading.Event(), threading.Event()
+
+    def hold(connection: socket.socket) -> None:
+        connection.recv(1)
+        threading.Event().wait(0.05)  # until the buffers are full
+        reached.set()
+        ended.wait(20)
+
+    took_seconds = stopped_while(HttpSender(SETTINGS), slow_reader(hold), reached, LONG)
+    ended.set()
+    assert took_seconds < WITHIN_SECONDS

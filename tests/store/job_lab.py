@@ -28,8 +28,9 @@ def accepted(records: Records, **fields: Any) -> str:
     return job[0]
 
 
-def claimed(records: Records, job_id: str, owner: str = "worker-1", lease: str = LEASE, channel: str = "") -> Claim:
-    claim = records.claim(job_id, owner, lease, channel)
+def claimed(records: Records, job_id: str, owner: str = "", lease: str = LEASE, channel: str = "") -> Claim:
+    """Claim a job as the given owner, or as one that never had it: nobody gets a job twice."""
+    claim = records.claim(job_id, owner or new_job_id(), lease, channel)
     assert isinstance(claim, Claim)
     return claim
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -259,7 +260,7 @@ def test_settlement_after_its_intent_is_gone_is_charged_in_full(
 
 def settle_late(admission: Admission, taken: Permit, outcome: Outcome, seconds: float) -> None:
     """Write a settlement of a call that ended so long ago, as the backlog does after an outage."""
-    keys, (text, record) = admission._wire.settle(taken, outcome, admission._now_ms())
+    keys, (text, record) = admission._wire.settle(taken, outcome, round(time.time() * 1000))
     told = json.loads(text)
     admission._write((keys, (json.dumps({**told, "ended_ms": told["ended_ms"] - round(seconds * 1000)}), record)))
 
@@ -510,19 +511,40 @@ def test_names_cannot_collide(admission: Admission, ask: Ask, limited: Settings,
 def test_every_key_but_the_index_of_open_calls_ends_by_itself(
     admission: Admission, ask: Ask, redis: Any, limited: Settings
 ) -> None:
-    """Redis does not fill up with what nobody asks for any more; an open call outlives its lease."""
+    """Redis does not fill up with what nobody asks for any more; only what a call has reserved waits for its end."""
     open_circuit(admission, ask)
-    permit(admission, ask(LUNA))
-    calls = FleetKeys(limited.namespace).calls.encode()
-    assert {key for key in state(redis, limited) if redis.ttl(key) < 0} == {calls}
+    taken, keys = permit(admission, ask(LUNA)), FleetKeys(limited.namespace)
+    endless = {keys.calls.encode(), keys.call(taken.call_id).encode()}
+    assert {key for key in state(redis, limited) if redis.ttl(key) < 0} == endless
+    admission.settle(taken, DONE)
+    assert {key for key in state(redis, limited) if redis.ttl(key) < 0} <= endless - {keys.call(taken.call_id).encode()}
 
 
-def test_intent_lives_as_long_as_its_lease(settings: Settings, ask: Ask, redis: Any) -> None:
-    """Also where results are kept for a second: else the reservation would outlive the call's record."""
-    admission = Admission(settings.model_copy(update={"retention_seconds": 1}))
-    taken = permit(admission, ask())
-    assert redis.ttl(FleetKeys(settings.namespace).call(taken.call_id)) > settings.http.request_timeout_seconds
+@pytest.mark.parametrize(("retention_seconds", "kept_seconds"), [(1, 3600), (100_000, 100_000)])
+def test_settled_call_is_known_for_an_hour_at_least(
+    settings: Settings, ask: Ask, redis: Any, retention_seconds: int, kept_seconds: int
+) -> None:
+    """However short results are kept: a settlement that arrives again after an outage counts once."""
+    admission = Admission(settings.model_copy(update={"retention_seconds": retention_seconds}))
+    taken, keys = permit(admission, ask()), FleetKeys(settings.namespace)
+    assert redis.ttl(keys.job_calls("job-1")) >= 63 * 86_400 - 60
+    admission.settle(taken, DONE)
+    for key in (keys.call(taken.call_id), keys.job_calls("job-1")):
+        assert kept_seconds - 60 < redis.ttl(key) <= kept_seconds
     admission.close()
+
+
+def test_list_of_a_jobs_calls_outlives_the_one_that_is_open(
+    admission: Admission, ask: Ask, redis: Any, limited: Settings
+) -> None:
+    """A call of an earlier start that is settled late does not shorten it for the one under way."""
+    first, last = permit(admission, ask()), permit(admission, ask())
+    job_calls = FleetKeys(limited.namespace).job_calls("job-1")
+    admission.settle(first, DONE)
+    assert redis.ttl(job_calls) > 10 * limited.retention_seconds
+    admission.settle(last, DONE)
+    assert redis.ttl(job_calls) <= limited.retention_seconds
+    assert [one.decode() for one in redis.lrange(job_calls, 0, -1)] == [first.call_id, last.call_id]
 
 
 def test_scripts_that_redis_forgot_are_sent_again(settings: Settings, ask: Ask, redis: Any) -> None:

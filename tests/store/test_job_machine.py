@@ -55,6 +55,8 @@ class Life:
     cancelled: bool = False
     late: bool = False
     overdue: bool = False
+    ahead: bool = False
+    announced: bool = False
     result: tuple[JobStatus, str] | None = None
     ends: int = 0
 
@@ -63,12 +65,14 @@ class Life:
         if self.status is JobStatus.RUNNING and self.owner == owner:
             self.worker = worker
             return self.fence
+        if self.owner == owner:
+            return self.status
         if self.status not in {JobStatus.QUEUED, JobStatus.WAITING}:
             return self.status
         if self.late:
             return self.end(JobStatus.EXPIRED)
         self.status, self.owner, self.worker = JobStatus.RUNNING, owner, worker
-        self.fence, self.starts = self.fence + 1, self.starts + 1
+        self.fence, self.starts, self.ahead = self.fence + 1, self.starts + 1, False
         return self.fence
 
     def finish(self, fence: int, status: JobStatus, content: str) -> Finish:
@@ -86,24 +90,25 @@ class Life:
         if fence != self.fence or self.status is not JobStatus.RUNNING:
             return fence == self.fence and self.status is JobStatus.WAITING
         if self.cancelled:
+            self.announced = True
             self.end(JobStatus.CANCELLED)
             return False
-        self.status, self.overdue = JobStatus.WAITING, at_once or self.late
+        self.status, self.overdue, self.ahead = JobStatus.WAITING, at_once or self.late, at_once
         return True
 
     def take_over(self, worker: str) -> JobStatus | None:
         if self.status is not JobStatus.RUNNING or self.worker != worker:
             return None
         self.crashes += 1
-        if self.cancelled:
-            return self.end(JobStatus.CANCELLED)
-        if self.crashes >= MAX_CRASHES:
-            return self.end(JobStatus.DEAD)
-        self.status, self.overdue = JobStatus.WAITING, True
+        if self.cancelled or self.crashes >= MAX_CRASHES:
+            self.announced = True
+            return self.end(JobStatus.CANCELLED if self.cancelled else JobStatus.DEAD)
+        self.status, self.overdue, self.ahead = JobStatus.WAITING, True, True
         return self.status
 
     def cancel(self) -> JobStatus:
         if self.status in {JobStatus.QUEUED, JobStatus.WAITING}:
+            self.announced = self.status is JobStatus.WAITING
             return self.end(JobStatus.CANCELLED)
         if self.status is JobStatus.RUNNING:
             self.cancelled = True
@@ -113,13 +118,18 @@ class Life:
     def wake(self) -> int:
         if self.status in {JobStatus.QUEUED, JobStatus.WAITING} and self.late:
             self.end(JobStatus.EXPIRED)
-        return 5 if self.status is JobStatus.WAITING else -1
+        self.announced = False
+        if self.status in {JobStatus.QUEUED, JobStatus.RUNNING}:
+            return -1
+        return 0 if self.ahead else 5
 
     def retry(self) -> JobStatus | None:
         if self.status not in RETRIED:
             return None
         before, self.status, self.result, self.cancelled = self.status, JobStatus.QUEUED, None, False
         self.starts = self.crashes = 0
+        self.owner = ""
+        self.ahead = self.announced = False
         return before
 
     def end(self, status: JobStatus) -> JobStatus:
@@ -201,7 +211,8 @@ class Fleet(RuleBasedStateMachine):
             zip(self.records.watch(self.ids, self.namespace), self.lives, strict=True)
         ):
             assert (record.status, record.crashes, record.attempts) == (life.status, life.crashes, life.starts)
-            assert indexes_of(self.redis, self._keys(job), record.job_id) == INDEXES.get(life.status, {"ended"})
+            indexes = INDEXES.get(life.status, {"ended"}) | ({"due"} if life.announced else set())
+            assert indexes_of(self.redis, self._keys(job), record.job_id) == indexes
             worker = life.worker.encode() if life.status is JobStatus.RUNNING else None
             assert self.redis.hget(self._keys(job).running, record.job_id) == worker
             assert (self.redis.ttl(self._keys(job).record) > 0) is life.status.ended

@@ -281,6 +281,21 @@ def test_lost_intent_is_no_orphan(lab: Lab) -> None:
     assert lab.row().calls == 1
 
 
+@pytest.mark.parametrize("step", ["settle", "orphan"])
+def test_settlement_that_arrives_again_after_the_retention_time_counts_once(lab: Lab, step: str) -> None:
+    """Results may be kept for a second; a call that is settled is known for longer than an outage keeps its answer."""
+    changed = lab.settings.model_copy(update={"retention_seconds": 1})
+    hasty = Lab(lab.redis, changed, Admission(changed), Orphans(changed, lab.redis))
+    taken = hasty.admit()
+    for _ in range(2):
+        hasty.do(taken, step)
+        hasty.do(taken, "settle")
+        call = lab.keys.call(taken.call_id)
+        lab.redis.expire(call, lab.redis.ttl(call) - 3000)  # that much later
+    assert (hasty.row().calls, hasty.row().cost_usd) == (1, Decimal("0.25"))
+    hasty.admission.close()
+
+
 DRIVER = """
 for _, call in ipairs(cjson.decode(ARGV[1])) do
   for _ = 1, call.times or 1 do

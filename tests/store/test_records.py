@@ -16,6 +16,7 @@ from attune_worker.store.keys import idempotent_job_id
 from attune_worker.store.records import WAITER_SECONDS, Claim, Finish, Records
 from tests.store.job_lab import (
     LEASE,
+    OTHER_LEASE,
     RETENTION_SECONDS,
     accepted,
     call,
@@ -123,6 +124,60 @@ def test_same_owner_may_claim_again(records: Records) -> None:
     again = claimed(records, job_id, "worker-1")
     assert (again.fence, again.job, again.accepted_ms) == (first.fence, first.job, first.accepted_ms)
     assert records.read([job_id])[0].attempts == 1
+
+
+@pytest.mark.parametrize("how", ["put back", "taken over"])
+def test_claim_that_arrives_after_its_run_is_over_takes_nothing(
+    records: Records, redis: Redis, keys: Any, how: str
+) -> None:
+    """It was held up in the network and asked again meanwhile: the job would run for ever with nobody running it."""
+    job_id = accepted(records)
+    first = claimed(records, job_id, "worker-1")
+    if how == "put back":
+        records.put_back(job_id, first.fence, 60.0, "busy", ())
+    else:
+        records.take_over(job_id, LEASE, (), "lost")
+    assert records.claim(job_id, "worker-1", LEASE) is JobStatus.WAITING
+    assert status_of(records, job_id) is JobStatus.WAITING
+    assert indexes_of(redis, keys(job_id), job_id) == {"due"}
+    second = claimed(records, job_id, "worker-2")
+    assert records.claim(job_id, "worker-1", LEASE) is JobStatus.RUNNING
+    records.finish(second.fence, end(job_id, JobStatus.FAILED))
+    assert records.claim(job_id, "worker-2", LEASE) is JobStatus.FAILED
+
+
+def test_job_that_is_retried_may_be_claimed_by_any_owner(records: Records) -> None:
+    """It begins anew, and so does the list of who had it: a message that is delivered again finds it queued."""
+    job_id = accepted(records)
+    records.finish(claimed(records, job_id, "worker-1").fence, end(job_id, JobStatus.FAILED))
+    assert records.retry(job_id) is JobStatus.FAILED
+    assert claimed(records, job_id, "worker-1").fence == 2
+
+
+@pytest.mark.parametrize("garbled", ["1e300", "9007199254740992", "-1", "1.5", "0x10", "nan", "x"])
+def test_garbled_fence_keeps_no_job_from_its_end(records: Records, redis: Redis, keys: Any, garbled: str) -> None:
+    """Whatever number somebody writes there, the next claim gets one that the record takes."""
+    job_id = accepted(records)
+    first = claimed(records, job_id, "worker-1")
+    redis.hset(keys(job_id).record, "fence", garbled)
+    assert records.finish(first.fence, end(job_id)) is Finish.STALE
+    again = claimed(records, job_id, "worker-1")
+    assert records.put_back(job_id, again.fence, 60.0, "busy", ())
+    redis.hset(keys(job_id).record, "fence", garbled)
+    assert records.finish(claimed(records, job_id, "worker-2").fence, end(job_id)) is Finish.WRITTEN
+
+
+def test_fences_are_told_as_they_stand_for_jobs_of_one_lease(records: Records, redis: Redis, keys: Any) -> None:
+    """A worker that finds it does not run a job puts it back with that, be it garbled."""
+    mine, garbled, elsewhere, put_back = (accepted(records) for _ in range(4))
+    for job_id, lease in [(mine, LEASE), (garbled, LEASE), (elsewhere, OTHER_LEASE), (put_back, LEASE)]:
+        claimed(records, job_id, lease=lease)
+    redis.hset(keys(garbled).record, "fence", b"1e300\xff")
+    records.put_back(put_back, 1, 60.0, "busy", ())
+    found = records.fences([mine, garbled, elsewhere, put_back, accepted(records), "nobody"], LEASE)
+    assert found == {mine: b"1", garbled: b"1e300\xff"}
+    assert all(records.put_back(job_id, fence, 0, "not run", ()) for job_id, fence in found.items())
+    assert {status_of(records, job_id) for job_id in (mine, garbled)} == {JobStatus.WAITING}
 
 
 def test_job_past_its_deadline_is_not_started(records: Records, redis: Redis, keys: Any) -> None:
@@ -330,7 +385,7 @@ def test_waiting_job_can_be_cancelled(records: Records, redis: Redis, keys: Any)
     result = records.read([job_id])[0].to_result()
     assert result.error == JobError(type="cancelled", message="cancelled while it waited: p is busy")
     assert (result.cost_usd, len(result.attempts)) == (Decimal("0.75"), 2)
-    assert redis.zscore(keys(job_id).due, job_id) is None
+    assert redis.zscore(keys(job_id).due, job_id) == -1  # for a last wake-up: Celery has to hear of it
 
 
 def test_waiters_hear_of_the_end_only(records: Records, settings: Settings, heard: Any) -> None:
@@ -456,7 +511,7 @@ def test_life_of_a_job_survives_forgotten_scripts(records: Records, redis: Redis
     records.watch([job_id], "channel")
     redis.script_flush()
     assert records.put_back(job_id, claim.fence, 60.0, "busy", ())
-    claim = claimed(records, job_id)
+    claim = claimed(records, job_id, "worker-2")
     redis.script_flush()
     assert records.finish(claim.fence, end(job_id)) is Finish.WRITTEN
 
@@ -530,6 +585,7 @@ def test_redis_that_is_away_is_a_typed_error_without_the_password() -> None:
         lambda: records.put_back("a", 1, 1.0, "busy", ()),
         lambda: records.cancel("a"),
         lambda: records.cancelled(["a"]),
+        lambda: records.fences(["a"], LEASE),
         lambda: records.take_over("a", LEASE, (), "lost"),
         lambda: records.retry("a"),
         lambda: records.read_job("a"),

@@ -1,4 +1,5 @@
 import threading
+from contextlib import closing
 from decimal import Decimal
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_late_end_counts_until_somebody_else_starts_the_job(records: Records, re
     assert records.read([job_id])[0].to_result().content == "in time"
 
 
-def test_job_that_costs_three_workers_is_dead(records: Records, redis: Redis, keys: Any) -> None:
+def test_job_that_costs_three_workers_is_dead(records: Records, settings: Settings, redis: Redis, keys: Any) -> None:
     """No fourth one is risked, and its result says how each was lost."""
     job_id = accepted(records, metadata={"a": 1})
     records.watch([job_id], "channel")
@@ -102,6 +103,9 @@ def test_job_that_costs_three_workers_is_dead(records: Records, redis: Redis, ke
     )
     assert (result.status, result.attempts, result.cost_usd) == (JobStatus.DEAD, (ORPHAN,), None)
     assert result.metadata == {"a": 1}
+    assert indexes_of(redis, keys(job_id), job_id) == {"ended", "dead", "due"}
+    with closing(DueJobs(settings)) as due_jobs:
+        assert due_jobs.take().jobs == [(job_id, 5)]  # a last wake-up: Celery has to hear of it
     assert indexes_of(redis, keys(job_id), job_id) == {"ended", "dead"}
     assert 0 < redis.ttl(keys(job_id).record) <= RETENTION_SECONDS
     assert redis.exists(keys(job_id).waiters) == 0

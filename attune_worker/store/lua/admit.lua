@@ -7,18 +7,20 @@
 --       tier, circuit of its provider, limits of the provider, limits of the model, slots of the provider; then the
 --       budgets
 -- ARGV  1 JSON: {call, job, worker, lease (of the worker that runs the job; absent: no worker's), lease_ms (of the
---       call), retention_s, rules (see breaker.lua), candidates: [{ref, want (see limits.lua), estimate_nano,
+--       call), rules (see breaker.lua), candidates: [{ref, want (see limits.lua), estimate_nano,
 --       budgets: [{key: place among the budgets, want (see budget.lua)}], intent: names and values of the fields that
 --       the call can be settled by where its worker cannot do it any more (see intent.py)}]}
 -- Returns {'admitted', place of the candidate from 0, now_ms, admitted_ms}
 --      or {'settled'} when the call has been settled already, or its worker was found dead
 --      or {'refused', now_ms, {'wait' | 'budget', retry_at_ms, reason, left_nano or ''} for each candidate}
--- TTL   call: the retention time, and at least as long as its lease; the job's calls: the retention time
+-- TTL   call: none while it is open, because what it has reserved can only be settled by it; SETTLE sets one. The job's
+--       calls: 63 days, as budgets have, until SETTLE sets another
 local request = cjson.decode(ARGV[1])
 local now = now_in_ms()
 local KEYS_PER_CANDIDATE = 5
 local SOON_MS = 1000 -- when to look again for what may end at any time: a probe, or a call that has reserved money
 local LEASE_MS = 500 -- when to look again for a worker's lease, which may come back if it was only late
+local JOB_CALLS_S = 5443200
 local first_candidate = 6
 local first_budget = first_candidate - 1 + #request.candidates * KEYS_PER_CANDIDATE
 
@@ -84,13 +86,13 @@ for index, candidate in ipairs(request.candidates) do
       'place', index - 1, 'generation', integer(taken),
       'probed', looked.provider.probe and integer(of_provider) or '', 'admitted_ms', integer(now), 'tokens', candidate.want.tokens or 0,
       'estimate_nano', candidate.estimate_nano and integer(candidate.estimate_nano) or '', 'windows', cjson.encode(windows), unpack(candidate.intent))
-    redis.call('EXPIRE', KEYS[1], integer(math.max(request.retention_s, math.ceil(lease_ms / 1000))))
+    redis.call('PERSIST', KEYS[1]) -- whatever was found there
     own(KEYS[2], 'zset')
     redis.call('ZADD', KEYS[2], integer(now + lease_ms), request.call)
     if request.job ~= '' then
       own(KEYS[5], 'list')
       redis.call('RPUSH', KEYS[5], request.call)
-      redis.call('EXPIRE', KEYS[5], request.retention_s)
+      redis.call('EXPIRE', KEYS[5], JOB_CALLS_S)
     end
     return { 'admitted', index - 1, now, now }
   end

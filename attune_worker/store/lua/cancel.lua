@@ -7,6 +7,9 @@
 local state, channel = unpack(read(RECORD, 'state', 'channel'))
 if state == 'queued' or state == 'waiting' then
   end_job(ARGV[1], state, 'cancelled', now_in_ms(), ARGV[2])
+  if state == 'waiting' then
+    announce(ARGV[1])
+  end
 elseif state == 'running' then
   redis.call('HSETNX', RECORD, 'cancelled_ms', integer(now_in_ms()))
 else

@@ -3,6 +3,8 @@
 --
 -- line_up(job_id, now_ms, deadline_ms)   a queued job: its wake-up is sent now; due at its deadline (0: none)
 -- wait_until(job_id, due_ms)             a waiting job
+-- announce(job_id)                       a job that has ended while no worker had it: it gets a last wake-up, so that
+--                                        whoever asks Celery for its result hears of the end
 -- leave(job_id, state)                   takes it out of where it stood in that state
 -- Deadlines of queued jobs stand in the due index below zero, so that both kinds can be counted and read apart.
 local RECORD, QUEUED, RUNNING, DUE, DEAD, ENDED, WAITERS = unpack(KEYS)
@@ -19,6 +21,10 @@ end
 local function wait_until(job_id, due_ms)
   own(DUE, 'zset')
   redis.call('ZADD', DUE, integer(due_ms), job_id)
+end
+
+local function announce(job_id)
+  wait_until(job_id, -1) -- among the deadlines that have passed
 end
 
 local function leave(job_id, state)

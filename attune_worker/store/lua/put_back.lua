@@ -17,6 +17,7 @@ local now_ms = now_in_ms()
 redis.call('HSET', RECORD, 'progress', ARGV[5])
 if cancelled_ms then
   end_job(ARGV[1], state, 'cancelled', now_ms, ARGV[6])
+  announce(ARGV[1]) -- it may have been put back by other hands than its task's
   return 0
 end
 local due_ms = now_ms + ARGV[3]

@@ -28,5 +28,6 @@ own(ENDED, 'zset')
 redis.call('ZREM', ENDED, ARGV[1])
 own(DEAD, 'zset')
 redis.call('ZREM', DEAD, ARGV[1])
+leave(ARGV[1], state)
 line_up(ARGV[1], now_ms, deadline_ms)
 return state

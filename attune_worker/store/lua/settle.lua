@@ -6,9 +6,9 @@
 --
 -- KEYS  1 call  2 open calls  3 circuits  4 circuit of the tier  5 circuit of the provider  6 limits of the provider
 --       7 limits of the model  8 slots of the provider  9 stats of the day  10 evidence of the stage
---       11 evidence of the workflow  12 evidence of the fleet  13 stages  14 ledger  15 costs of the day;
---       then the budgets
--- ARGV  1 JSON: {call, ref, retention_s, outcome: succeeded | failed | released (the call was never made) | orphaned,
+--       11 evidence of the workflow  12 evidence of the fleet  13 stages  14 ledger  15 costs of the day
+--       16 the job's calls; then the budgets
+-- ARGV  1 JSON: {call, ref, kept_s, outcome: succeeded | failed | released (the call was never made) | orphaned,
 --       ended_ms (when it ended, by this clock), names (provider and tier as JSON), rules, result (see breaker.lua),
 --       limits (see limits.lua), budgets: [{per, limit_nano, reserved_nano, cost_nano}], cost_nano, call_of (what
 --       telemetry.lua counts; absent when released or orphaned), kept: names and values of further fields of the call,
@@ -17,7 +17,7 @@
 --       2 the record of the call, as JSON (see ledger.py), kept as it is
 -- Returns {'settled' | 'again' | 'other' (released, but leave was given for another model: nothing is done), what
 --       became of the circuit or '', {soft budgets that were passed just now}, what became of the provider's circuit}
--- TTL   call: the retention time, in which a second settlement is known for one
+-- TTL   call: kept_s, in which a second settlement is known for one; the job's calls: as long as the last of them
 -- How much of a wait that began with the end of the call is still to come; nil when it is over.
 local function left_of(wait_ms, age_ms)
   local left = number(wait_ms, 0) - age_ms
@@ -44,7 +44,8 @@ if admitted and outcome == 'released' and ref ~= request.ref then
 end
 redis.call('HSET', KEYS[1], 'state', orphaned and 'orphaned' or 'settled', 'outcome', outcome, 'settled_ms', integer(now),
   'cost_nano', request.cost_nano and integer(request.cost_nano) or '', unpack(request.kept))
--- first, so that no error counts a call twice
+redis.call('EXPIRE', KEYS[1], request.kept_s)
+-- first, so that no error counts a call twice, or leaves it there for good
 
 local sums = request.sums
 sums.record, sums.outcome, sums.was_orphaned, sums.cost_nano = ARGV[2], outcome, was_orphaned, request.cost_nano
@@ -87,7 +88,7 @@ for index, budget in ipairs(request.budgets) do
     budget.window = window
     budget.counted = was_orphaned
   end
-  if budget_settle(KEYS[15 + index], now, budget) then
+  if budget_settle(KEYS[16 + index], now, budget) then
     passed[#passed + 1] = index - 1
   end
 end
@@ -104,7 +105,9 @@ redis.call('HDEL', KEYS[1], 'lease', 'tenant', 'budgets', 'mode', 'place')
 if not orphaned then -- what an orphan's own settlement would still need
   redis.call('HDEL', KEYS[1], 'windows', 'generation', 'probed')
 end
-redis.call('EXPIRE', KEYS[1], request.retention_s)
+if redis.pcall('LINDEX', KEYS[16], -1) == request.call then -- a later one may still be open
+  redis.call('EXPIRE', KEYS[16], request.kept_s)
+end
 own(KEYS[2], 'zset')
 redis.call('ZREM', KEYS[2], request.call)
 return { 'settled', event or '', passed, of_provider or '' }

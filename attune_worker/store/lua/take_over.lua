@@ -26,6 +26,7 @@ redis.call('HSET', RECORD, 'crashes', integer(crashes), 'progress', ARGV[3],
 local ending = cancelled_ms and 'cancelled' or (crashes >= tonumber(ARGV[5]) and 'dead')
 if ending then
   end_job(ARGV[1], state, ending, now_ms, ARGV[7])
+  announce(ARGV[1])
   return ending
 end
 redis.call('HSET', RECORD, 'state', 'waiting', 'due_ms', integer(now_ms), 'reason', ARGV[6], 'ahead', 1)

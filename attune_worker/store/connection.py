@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -65,7 +66,11 @@ def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Re
     }
     try:
         if not is_cluster(url):
-            return Redis.from_pool(BlockingConnectionPool.from_url(url, health_check_interval=25, **options))
+            pool = BlockingConnectionPool.from_url(url, health_check_interval=25, **options)
+            client = Redis.from_pool(pool)
+            # It closes them itself in its finalizer, which in a cycle may come after those of the sockets.
+            weakref.finalize(client, pool.disconnect).atexit = False
+            return client
         nodes = _nodes(url)
     except ValueError:  # its words may quote the password
         raise ConfigurationError(

@@ -29,7 +29,7 @@ def calls(settings):
     executor = EmpathyLLMExecutor(settings)
     for number in range(3):
         context = ExecutionContext(workflow_name="nightly", step_name=f"s{number}", provider_hint="anthropic")
-        executor.run("summarize", f"A text {number}.", context=context)
+        executor.run("summarize", f"A text {number}.", context=context, model="claude-haiku-5-5")
     executor.run("final_review", "Another text.", context=ExecutionContext("daily", provider_hint="anthropic"))
     executor.close()
     with_ledger = Ledger(settings)

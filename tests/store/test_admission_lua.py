@@ -329,7 +329,7 @@ def test_open_time_that_the_provider_asked_for_runs_from_then_as_well(
     found = redis.hmget(FleetKeys(limited.namespace).circuit("anthropic", "cheap"), "opened_ms", "retry_ms")
     opened_ms, retry_ms = (int(text) for text in found)
     expected = open_seconds or limited.breaker.recovery_timeout_seconds
-    assert expected - 3 < (retry_ms - opened_ms) / 1000 <= expected
+    assert expected - 3 < (retry_ms - opened_ms) / 1000 <= expected + 0.05  # clocks are read to the millisecond
 
 
 @pytest.mark.parametrize(("seconds", "learned"), [(0, b"50"), (7, None)])

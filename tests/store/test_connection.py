@@ -1,3 +1,4 @@
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,18 @@ def finish(records: Records, job_id: str) -> None:
     claim = records.claim(job_id, "worker", "lease-1")
     assert isinstance(claim, Claim)
     records.finish(claim.fence, JobResult(job_id=job_id, status=JobStatus.SUCCEEDED))
+
+
+def test_client_that_is_dropped_leaves_no_connection_open(redis_server: EmbeddedRedis) -> None:
+    """Also one in a cycle, where finalizers come in any order."""
+    client: Any = connect(settings_for(redis_server.url))
+    client.ping()
+    pool = client.connection_pool
+    assert any(one._sock for one in pool._connections)
+    client.itself = client
+    del client
+    gc.collect()
+    assert not any(one._sock for one in pool._connections)
 
 
 def test_closing_cuts_nobody_off(records: Records) -> None:

@@ -147,7 +147,7 @@ def _day_of(path: Path, number: int, seconds: float) -> str:
 def _decoded(path: Path, number: int | None, text: str) -> Any:
     try:
         return json.loads(text, parse_float=Decimal)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, ArithmeticError):  # the last: a number beyond all bounds
         raise InvoiceError("is not JSON", path=path, line=number) from None
 
 

@@ -14,9 +14,7 @@ from collections.abc import Callable
 
 from celery import Celery
 
-from attune_worker.app import AMQP_PREFETCH, is_amqp
 from attune_worker.settings import Settings
-from attune_worker.store.leases import Leases
 from attune_worker.store.queued import QueuedJobs
 from attune_worker.wake_ups import messages_waiting, send_wake_ups
 
@@ -71,7 +69,6 @@ class LostWakeUps:
         self._app = app
         self._clock = clock
         self._queued = QueuedJobs(settings)
-        self._leases = Leases(settings)
         self._deficit = Deficit()
 
     def look(self) -> float:
@@ -83,7 +80,7 @@ class LostWakeUps:
         if not queued:
             self._deficit.begin_anew()
             return LOOK_SECONDS
-        missing = queued - self._messages()
+        missing = queued - messages_waiting(self._app)
         if lost := self._deficit.lost(self._clock(), missing):
             jobs = self._queued.take(WATCH_SECONDS, min(lost, MOST_AT_ONCE))
             send_wake_ups(self._app, jobs)
@@ -96,9 +93,3 @@ class LostWakeUps:
     def close(self) -> None:
         """Give the connections back."""
         self._queued.close()
-        self._leases.close()
-
-    def _messages(self) -> int:
-        """Return how many messages there are, with those that RabbitMQ has sent to workers whose threads are busy."""
-        held = len(self._leases.live()) * AMQP_PREFETCH if is_amqp(self._app.attune_settings) else 0
-        return messages_waiting(self._app) + held

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Self
+from types import CodeType, FrameType, TracebackType
+from typing import ParamSpec, Self, TypeVar
 
 from attune_worker.errors import AttuneError, ServiceUnavailableError
 from attune_worker.settings import DEFAULT_PROVIDERS, Settings, masked
@@ -28,18 +28,29 @@ SERVICE_SETTINGS = frozenset({"ATTUNE_REDIS_URL", "ATTUNE_BROKER_URL", "ATTUNE_R
 
 PUT_OFF_SECONDS = 0.01
 
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
+_unbroken: set[CodeType] = set()
+
+
+def unbroken(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Have signals that ``end_on_signals`` handles wait for the end of this function: half of it would be wrong."""
+    _unbroken.add(function.__code__)
+    return function
+
 
 def end_on_signals() -> None:
     """Have this process clean up on SIGTERM as it does on Ctrl-C, and on either of them wherever it comes.
 
     Python drops what a finalizer raises, so a ``KeyboardInterrupt`` that falls into a ``__del__`` would be
-    lost; there the signal is put off until the finalizer is done. A signal that the parent had ignored
-    (``nohup``, a shell's background job) stays ignored.
+    lost; there, and in ``unbroken`` functions, the signal is put off until they are done. A signal that the
+    parent had ignored (``nohup``, a shell's background job) stays ignored.
     """
 
     def interrupt(_number: int, frame: FrameType | None) -> None:
         while frame is not None:
-            if frame.f_code.co_name == "__del__":
+            if frame.f_code.co_name == "__del__" or frame.f_code in _unbroken:
                 signal.setitimer(signal.ITIMER_REAL, PUT_OFF_SECONDS)
                 return
             frame = frame.f_back

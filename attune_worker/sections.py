@@ -208,7 +208,7 @@ class RecoverySettings(Section):
     ``shutdown_grace_seconds`` with what it runs, and hands back the rest.
     """
 
-    lease_seconds: float = Field(default=10.0, ge=1, le=600)
+    lease_seconds: float = Field(default=7.0, ge=1, le=600)
     max_crashes: int = Field(default=3, ge=1, le=100)
     shutdown_grace_seconds: float = Field(default=60.0, ge=0, le=86_400)
 

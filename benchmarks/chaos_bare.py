@@ -12,7 +12,6 @@ from pathlib import Path
 import bare_celery
 from celery import Celery
 from chaos_checks import (
-    RECOVERY_SLACK_SECONDS,
     Answer,
     Extra,
     Recovery,
@@ -133,7 +132,7 @@ class BareCelery:
             all_ended(statuses),
             ended_once(statuses, seen.journal.ends),
             answers_are_right(answers),
-            recovered_in_time(recoveries, self._services.pace.lease_seconds + RECOVERY_SLACK_SECONDS),
+            recovered_in_time(recoveries),
             extras_are_explained(extras),
             workers_end_when_told(seen.lives),
         ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from chaos_checks import RECOVERY_SLACK_SECONDS, Extra
+from chaos_checks import RECOVERY_SECONDS, Extra
 from chaos_contenders import Seen
 from chaos_fleet import Life
 
@@ -44,20 +44,19 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What hit the whole fleet: how long a lease lasts there, in seconds, and when Redis was away."""
+    """What hit the whole fleet: when Redis was away."""
 
-    lease_seconds: float
     away: Sequence[tuple[float, float]]
 
     def run_out(self, since: float, at: float) -> bool:
         """Whether a lease that nobody renewed from ``since`` on may have been found run out ``at`` this moment.
 
-        Not before, and not long after; while Redis is away nobody looks, and after it a lease's time is waited.
+        Not long after; while Redis is away nobody looks, and the last renewal may come right after it.
         """
-        by = since + self.lease_seconds + RECOVERY_SLACK_SECONDS
+        by = since + RECOVERY_SECONDS
         for start, end in sorted(self.away):
             if start < by and end > since:
-                by = max(by, end + self.lease_seconds + RECOVERY_SLACK_SECONDS)
+                by = max(by, end + RECOVERY_SECONDS)
         return since <= at <= by
 
     def kept_end(self, settled: float, until: float) -> bool:
@@ -72,11 +71,9 @@ class Faults:
         return any(start < ended and end > ended - CLOSE_SECONDS for start, end in self.away)
 
 
-def extras(
-    seen: Seen, written: Sequence[LedgerRecord], records: Mapping[str, Record], lease_seconds: float
-) -> Iterator[Extra]:
+def extras(seen: Seen, written: Sequence[LedgerRecord], records: Mapping[str, Record]) -> Iterator[Extra]:
     """Yield all such calls but one of each job: that which gave its answer, or the last where it has none."""
-    faults = Faults(lease_seconds, seen.away)
+    faults = Faults(seen.away)
     history: defaultdict[str, list[LedgerRecord]] = defaultdict(list)
     for record in written:
         history[record.call_id].append(record)

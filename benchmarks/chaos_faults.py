@@ -54,8 +54,8 @@ class Pace:
     drain_seconds: float
 
 
-FULL = Pace((3.0, 8.0), 40.0, 1.5, 8.0, 10.0, 10.0, 20.0, 60.0, 2.0, 180.0)
-SHORT = Pace((1.5, 2.5), 13.0, 0.5, 3.0, 10.0, 2.0, 5.0, 5.0, 0.8, 60.0)
+FULL = Pace((3.0, 8.0), 40.0, 1.5, 8.0, 7.0, 10.0, 20.0, 60.0, 2.0, 180.0)
+SHORT = Pace((1.5, 2.5), 10.0, 0.5, 3.0, 7.0, 2.0, 5.0, 5.0, 0.8, 60.0)
 SHORT_SECONDS = 300
 """A run of less than this is a short one: everything in it is faster, so that each fault has its time."""
 

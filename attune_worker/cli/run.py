@@ -21,7 +21,7 @@ from attune_worker.cli.output import say
 from attune_worker.client import Client
 from attune_worker.errors import AttuneError, ConfigurationError, IdempotencyConflictError, InvalidJobError
 from attune_worker.jobs import Job, JobResult
-from attune_worker.local import LocalFleet, end_on_signals, local_environment
+from attune_worker.local import LocalFleet, end_on_signals, local_environment, unbroken
 from attune_worker.settings import Settings
 
 BATCH = 200
@@ -174,6 +174,7 @@ class _Bulk:
                 self._invalid(line, error.reason)
         self._send(valid)
 
+    @unbroken  # a job that was submitted is known here
     def _send(self, valid: list[tuple[Line, Job]]) -> None:
         try:
             job_ids = [handle.id for handle in self._client.submit_many([job for _, job in valid])]
@@ -193,6 +194,7 @@ class _Bulk:
         if self._fleet is not None and self._gathering.waiting:
             self._fleet.check()
 
+    @unbroken  # a result that is no longer awaited is written
     def _write(self, result: JobResult) -> None:
         lines = self._lines.pop(result.job_id, [])
         for line in lines:

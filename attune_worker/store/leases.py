@@ -57,7 +57,7 @@ class Leases:
         """Take the leases away that were not renewed in time; ``seconds`` is how long one lasts.
 
         After a silence of ``UNWATCHED_SECONDS``, or half a lease, in which no worker was heard of, nobody is judged
-        for one lease's time.
+        for a quarter of one: those that live renew theirs meanwhile.
         """
         with reaching(self._settings):
             now_ms, steady, died, live = JUDGE(

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 BEATS_PER_LEASE = 4
 """How often a lease is renewed: two answers in a row may be late or lost, and it still holds."""
 
+PATIENCE_PER_LEASE = 1 / 8
+"""How long an answer is waited for: after an outage JUDGE gives a quarter of a lease to be heard of, by then twice."""
+
 RETRY_SECONDS = 0.25
 """When to try again after an answer that did not come: the lease runs on."""
 
@@ -120,7 +123,7 @@ class Lease:
 
 def _impatient(settings: Settings) -> Settings:
     """Return settings in which one answer that does not come leaves time for others before the lease is over."""
-    seconds = min(settings.redis_timeout_seconds, settings.recovery.lease_seconds / BEATS_PER_LEASE)
+    seconds = min(settings.redis_timeout_seconds, settings.recovery.lease_seconds * PATIENCE_PER_LEASE)
     return settings.model_copy(update={"redis_timeout_seconds": seconds})
 
 

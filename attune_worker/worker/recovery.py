@@ -16,7 +16,7 @@ from attune_worker.store.records import Records
 
 logger = logging.getLogger(__name__)
 
-LONGEST_JUDGE_SECONDS = 1.0
+LONGEST_JUDGE_SECONDS = 0.5
 """How often is looked who lives; with short leases more often."""
 
 AUDIT_SECONDS = 5.0

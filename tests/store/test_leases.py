@@ -88,7 +88,7 @@ def test_worker_that_ends_gives_its_lease_up(leases: Leases, until: Until) -> No
     assert not leases.beat("a", LONG, again=True)
 
 
-def test_nobody_is_judged_before_leases_were_watched_for_as_long_as_one_lasts(leases: Leases) -> None:
+def test_nobody_is_judged_before_leases_were_watched_for_a_while(leases: Leases) -> None:
     """A fleet that has just been started, or Redis that has just come back, says nothing of who lives."""
     leases.beat("a", 0.001, again=False)
     first = leases.judge(LONG)

@@ -1,6 +1,7 @@
 -- JUDGE: which workers live, and which have died? A lease that has run out is removed, and never comes back.
 -- Nobody is judged who had no chance to speak: while Redis was away, or the whole fleet stood still, leases ran out
--- of themselves. So somebody must have looked, or said that it lives, every so often for as long as a lease.
+-- of themselves. So somebody must have looked, or said that it lives, every so often for a quarter of a lease: those
+-- that live and failed to say so have tried again by then.
 --
 -- KEYS  1 workers: lease -> its end, ms  2 sweep
 -- ARGV  1 length of a lease in ms  2 ms of silence from which on nobody had a chance
@@ -8,6 +9,7 @@
 -- TTL   sweep: a day
 local LONGEST_LEASE_MS = 600000
 local MOST_AT_ONCE = 100
+local BEATS_PER_LEASE = 4
 local now = now_in_ms()
 local lease_ms = tonumber(ARGV[1])
 local steady = vigil(KEYS[2], now, tonumber(ARGV[2]))
@@ -18,7 +20,7 @@ local far = redis.call('ZRANGEBYSCORE', KEYS[1], integer(now + LONGEST_LEASE_MS 
 for _, lease in ipairs(far) do
   redis.call('ZADD', KEYS[1], integer(now + lease_ms), lease)
 end
-local judged = now - steady >= lease_ms
+local judged = now - steady >= lease_ms / BEATS_PER_LEASE
 local died = {}
 if judged then
   died = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', integer(now), 'LIMIT', 0, MOST_AT_ONCE)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from attune_worker.errors import ResultTimeoutError as ResultTimeoutError
     from attune_worker.errors import ServiceUnavailableError as ServiceUnavailableError
     from attune_worker.jobs import Attempt as Attempt
+    from attune_worker.jobs import AuthMode as AuthMode
     from attune_worker.jobs import Job as Job
     from attune_worker.jobs import JobResult as JobResult
     from attune_worker.jobs import JobStatus as JobStatus
@@ -53,7 +54,7 @@ _HOME = {
         "ResultTimeoutError",
         "ServiceUnavailableError",
     ),
-    "jobs": ("Attempt", "Job", "JobResult", "JobStatus", "Message", "ModelTier", "Usage"),
+    "jobs": ("Attempt", "AuthMode", "Job", "JobResult", "JobStatus", "Message", "ModelTier", "Usage"),
     "models.adaptive": ("AdaptiveModelRouter",),
     "models.breaker": ("CircuitBreaker",),
     "models.executor": ("EmpathyLLMExecutor", "ExecutionContext", "LLMResponse"),

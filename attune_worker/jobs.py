@@ -54,6 +54,14 @@ Usd = Annotated[Decimal, PlainSerializer(lambda amount: format(amount, "f"), ret
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+class AuthMode(StrEnum):
+    """How a call is paid for: out of a subscription's quota, or by the token. AUTO lets the auth strategy say."""
+
+    SUBSCRIPTION = "subscription"
+    API = "api"
+    AUTO = "auto"
+
+
 class ModelTier(StrEnum):
     """How strong, and how dear, a model is."""
 

@@ -4,7 +4,8 @@
     python benchmarks/soak.py --seconds 300 --rate 20        # shorter
 
 Jobs come at random times (a Poisson process), their records are kept for ``--retention`` seconds, and the provider
-fails now and then. Growth counts from ``--settle`` seconds on: threads and connections are made before.
+fails now and then. Growth counts from ``--settle`` seconds on; a burst of jobs has every thread and its connections
+made before.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from attune_worker.store.records import Records
 
 SAMPLE_SECONDS = 10.0
 WORKERS = 2
+CONCURRENCY = 100
 LATENCY_SECONDS = 1.0
 MEGABYTE = 2**20
 FLAT = {"MB": 10.0, "keys": 5000.0}
@@ -123,7 +125,7 @@ def soaked(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[Settin
             "FLOWER_BASIC_AUTH": f"soak:{password}",
             "FLOWER_MAX_TASKS": "10000",
         }
-        fleet = stack.enter_context(LocalFleet(WORKERS, environ, folder / "workers", concurrency=100))
+        fleet = stack.enter_context(LocalFleet(WORKERS, environ, folder / "workers", concurrency=CONCURRENCY))
         flower = stack.enter_context(
             PythonProcess(
                 ["-m", "celery", "-A", "attune_worker", "flower", "--address=127.0.0.1", "--port=0"],
@@ -135,6 +137,9 @@ def soaked(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[Settin
         fleet.wait_until_ready()
         settings = Settings.load(environ=environ)
         client = stack.enter_context(Client(settings))
+        client.submit_many(
+            [{"task_type": "summarize", "prompt": f"burst {n}"} for n in range(2 * WORKERS * CONCURRENCY)]
+        )
         load = Load(client, arguments.rate)
         load.start()
         stack.callback(load.stop)

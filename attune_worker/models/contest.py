@@ -194,7 +194,7 @@ def expected_usd(view: StageView, model: ModelInfo, input_tokens: int) -> float 
     return _usd(model, input_tokens, output_tokens, int(time.time() // _PRICE_SECONDS))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _usd(model: ModelInfo, input_tokens: int, output_tokens: int, minute: int) -> float | None:  # noqa: ARG001
     """Return the price of such a call, looked up again every minute: prices change with the date and the hour."""
     price = cost(model, Usage(input_tokens=input_tokens, output_tokens=output_tokens))

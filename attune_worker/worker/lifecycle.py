@@ -13,6 +13,7 @@ from typing import Any
 from celery import current_app
 from celery.apps.worker import install_worker_term_handler
 from celery.signals import (
+    worker_init,
     worker_process_init,
     worker_process_shutdown,
     worker_ready,
@@ -21,6 +22,7 @@ from celery.signals import (
 )
 
 from attune_worker.store.server import eviction_warning
+from attune_worker.worker.memory import keep_buffers_apart
 from attune_worker.worker.pool import pool_stopping, wake_loop
 from attune_worker.worker.runner import Runner
 from attune_worker.worker.shutdown import Shutdown
@@ -51,6 +53,12 @@ def runner_of(app: Any) -> Runner:
         if process not in _runners:
             _runners[process] = Runner(app.attune_settings)
         return _runners[process]
+
+
+@worker_init.connect  # type: ignore[untyped-decorator]
+def prepare(**_: Any) -> None:
+    """Set the process up before it has threads, and before a pool of processes inherits from it."""
+    keep_buffers_apart()
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]

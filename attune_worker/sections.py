@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
@@ -184,6 +185,21 @@ class BudgetSettings(Section):
     workflow: Name | None = None
     provider: Name | None = None
     hard: bool = True
+
+
+class AuthSettings(Section):
+    """How it is decided whether a call is paid for out of a subscription or by the token.
+
+    The strategy is kept in ``file`` (default: ``attune-worker/auth.json`` in the user's configuration folder) or,
+    with ``store = "redis"``, where the whole fleet shares it. A job that is to go by a subscription whose quota is
+    used up waits for the quota, unless ``spill_to_api`` lets it go by a key that is paid by the token. A key that its
+    provider has refused is tried again by one call every ``recheck_seconds``.
+    """
+
+    store: Literal["file", "redis"] = "file"
+    file: Path | None = None
+    spill_to_api: bool = False
+    recheck_seconds: float = Field(default=600.0, gt=0, le=86_400)
 
 
 class RoutingSettings(Section):

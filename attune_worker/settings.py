@@ -27,6 +27,7 @@ from pydantic_settings import (
 
 from attune_worker.errors import ConfigurationError
 from attune_worker.sections import (
+    AuthSettings,
     BreakerSettings,
     BudgetSettings,
     HttpSettings,
@@ -94,6 +95,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     breaker: BreakerSettings = BreakerSettings()
     limits: LimitSettings = LimitSettings()
+    auth: AuthSettings = AuthSettings()
     routing: RoutingSettings = RoutingSettings()
     recovery: RecoverySettings = RecoverySettings()
     ledger: LedgerSettings = LedgerSettings()
@@ -311,6 +313,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "http": HttpSettings,
     "breaker": BreakerSettings,
     "limits": LimitSettings,
+    "auth": AuthSettings,
     "routing": RoutingSettings,
     "recovery": RecoverySettings,
     "ledger": LedgerSettings,

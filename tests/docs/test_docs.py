@@ -16,6 +16,7 @@ from attune_worker.cli import attune
 from attune_worker.jobs import JobError
 from attune_worker.models.registry import Registry
 from attune_worker.sections import (
+    AuthSettings,
     BreakerSettings,
     BudgetSettings,
     HttpSettings,
@@ -232,6 +233,7 @@ SECTIONS: dict[str, type[Section | Settings]] = {
     "http": HttpSettings,
     "breaker": BreakerSettings,
     "limits": LimitSettings,
+    "auth": AuthSettings,
     "routing": RoutingSettings,
     "recovery": RecoverySettings,
     "ledger": LedgerSettings,

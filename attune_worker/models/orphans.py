@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -36,22 +37,29 @@ class Orphans:
         self._wire = Wire(settings, "", 0)
 
     def of_job(self, job_id: str, lease: str) -> tuple[Attempt, ...]:
-        """Settle the job's calls that were under way under ``lease``, and return all its calls, in their order.
+        """Do for one job what ``of_jobs`` does."""
+        [attempts] = self.of_jobs([(job_id, lease)])
+        return attempts
 
-        ``lease`` has ended: no call is allowed under it any more. Calls that were allowed and never made are left
-        out, as are those whose retention time has passed.
+    def of_jobs(self, lost: Sequence[tuple[str, str]]) -> list[tuple[Attempt, ...]]:
+        """Settle the calls that were under way for jobs under leases, and return all calls of each, in their order.
+
+        ``lost`` are job ids with their leases, which have ended: no call is allowed under them any more. Calls that
+        were allowed and never made are left out, as are those whose retention time has passed. A few round trips,
+        however many jobs these are.
         """
         with reaching(self._settings):
-            key = self._keys.job_calls(job_id)
-            found = self._read([(key, ("LRANGE", key, 0, -1))])[0]
-            ids = list(dict.fromkeys(member.decode(errors="replace") for member in found or ()))
-            calls = self._calls(ids)
-            lost = [one for one, call in calls.items() if _is_open(call, lease)]
-            if lost:
-                self._settle(self._settlements({one: calls[one] for one in lost}))
-                calls |= self._calls(lost)  # one of them may have been settled by its worker just before
-        attempts = (attempt_in(one, call) for one, call in calls.items())
-        return tuple(attempt for attempt in attempts if attempt is not None)
+            keys = [self._keys.job_calls(job_id) for job_id, _ in lost]
+            found = self._read([(key, ("LRANGE", key, 0, -1)) for key in keys])
+            ids = [[member.decode(errors="replace") for member in members or ()] for members in found]
+            calls = self._calls(list(dict.fromkeys(chain.from_iterable(ids))))
+            lease_of = {one: lease for (_, lease), own in zip(lost, ids, strict=True) for one in own}
+            unsettled = [one for one, lease in lease_of.items() if _is_open(calls[one], lease)]
+            if unsettled:
+                self._settle(self._settlements({one: calls[one] for one in unsettled}))
+                calls |= self._calls(unsettled)  # one of them may have been settled by its worker just before
+        attempts = {one: attempt_in(one, call) for one, call in calls.items()}
+        return [tuple(told for one in dict.fromkeys(own) if (told := attempts[one]) is not None) for own in ids]
 
     def overdue(self, limit: int = 100) -> int:
         """Settle up to ``limit`` calls that should have ended by now as orphaned, and return how many those were.

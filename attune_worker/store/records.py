@@ -128,16 +128,26 @@ class Records:
         }
 
     def take_over(self, job_id: str, lease: str, attempts: Sequence[Attempt], evidence: str) -> JobStatus | None:
-        """Take a job away from a worker that is dead, and return where it is then; None: that worker had it no more.
+        """Take one job over, as ``take_over_all`` does."""
+        [status] = self.take_over_all([(job_id, lease, attempts, evidence)])
+        return status
 
-        It waits and is due at once. A job that ``recovery.max_crashes`` workers were lost with is ``dead``; one that
-        was cancelled while it ran is ``cancelled``. ``attempts`` are all calls so far, ``evidence`` says in one line
-        how the worker was lost.
+    def take_over_all(self, lost: Sequence[tuple[str, str, Sequence[Attempt], str]]) -> list[JobStatus | None]:
+        """Take jobs away from workers that are dead, and return where each is; None: that worker had it no more.
+
+        A job waits and is due at once. One that ``recovery.max_crashes`` workers were lost with is ``dead``; one that
+        was cancelled while it ran is ``cancelled``. ``lost`` names for each the job, the lease that it ran under, all
+        its calls so far, and in one line how the worker was lost.
         """
-        line = " ".join(evidence.split())
         limit, retention_seconds = self._settings.recovery.max_crashes, self._settings.retention_seconds
-        state = self._run(TAKE_OVER, job_id, lease, progress_of(attempts), line, limit, LOST, retention_seconds)
-        return None if state is None else status_of(state)
+        calls: list[tuple[Sequence[str], Sequence[Argument]]] = []
+        for job_id, lease, attempts, evidence in lost:
+            line = " ".join(evidence.split())
+            arguments = (job_id, lease, progress_of(attempts), line, limit, LOST, retention_seconds)
+            calls.append((self._keys(job_id).all, arguments))
+        with reaching(self._settings):
+            states = TAKE_OVER.many(self._redis, calls)
+        return [None if state is None else status_of(state) for state in states]
 
     def retry(self, job_id: str) -> JobStatus | None:
         """Put a job that is dead, failed, expired or cancelled back in line as new, and return what it was.

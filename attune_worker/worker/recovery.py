@@ -8,7 +8,9 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from attune_worker.errors import ServiceUnavailableError
 from attune_worker.jobs import Attempt, JobStatus
+from attune_worker.models.admission import refused
 from attune_worker.models.orphans import Orphans
 from attune_worker.settings import Settings
 from attune_worker.store.leases import Judgement, Leases
@@ -25,8 +27,8 @@ AUDIT_SECONDS = 5.0
 BATCH = 500
 """Running jobs that are looked at in one step."""
 
-TAKE_OVER_BATCH = 50
-"""Jobs that are taken over in one step: each takes a few round trips, and meanwhile nobody sweeps."""
+TAKE_OVER_BATCH = 100
+"""Jobs that are taken over in one step, in a few round trips together; meanwhile nobody sweeps."""
 
 OVERDUE_SECONDS = 10.0
 """How often is looked for calls that no job's worker will settle."""
@@ -95,18 +97,39 @@ class Recovery:
         return running
 
     def _take_over_some(self, judgement: Judgement) -> None:
-        for _ in range(min(TAKE_OVER_BATCH, len(self._lost))):
-            self._take_over(*self._lost.popleft(), judgement)  # one that fails is found again by the next audit
-
-    def _take_over(self, job_id: str, lease: str, judgement: Judgement) -> None:
-        calls = self._orphans.of_job(job_id, lease)
-        attempts = history(self._records.read([job_id])[0].progress, calls)
-        status = self._records.take_over(job_id, lease, attempts, _evidence(lease, attempts, judgement))
-        if status is None:
+        lost = [self._lost.popleft() for _ in range(min(TAKE_OVER_BATCH, len(self._lost)))]
+        if not lost:
             return
-        self._jobs_of[lease] += 1
-        if status is JobStatus.DEAD:
-            logger.error("job %s is dead: too many workers were lost while they ran it, %s the last", job_id, lease)
+        try:
+            self._take_over(lost, judgement)
+        except ServiceUnavailableError as error:
+            if not refused(error):
+                raise  # what was left undone is found again by the next audit
+            for one in lost:  # one of them is to blame; twice is once for the others
+                self._take_over_alone(one, judgement)
+
+    def _take_over_alone(self, lost: tuple[str, str], judgement: Judgement) -> None:
+        try:
+            self._take_over([lost], judgement)
+        except ServiceUnavailableError as error:
+            if not refused(error):
+                raise
+            logger.exception("job %s of lost worker %s cannot be taken over", *lost)
+
+    def _take_over(self, lost: Sequence[tuple[str, str]], judgement: Judgement) -> None:
+        calls = self._orphans.of_jobs(lost)
+        records = self._records.read([job_id for job_id, _ in lost])
+        histories = [history(record.progress, own) for record, own in zip(records, calls, strict=True)]
+        statuses = self._records.take_over_all(
+            [
+                (job_id, lease, attempts, _evidence(lease, attempts, judgement))
+                for (job_id, lease), attempts in zip(lost, histories, strict=True)
+            ]
+        )
+        for (job_id, lease), status in zip(lost, statuses, strict=True):
+            self._jobs_of[lease] += status is not None
+            if status is JobStatus.DEAD:
+                logger.error("job %s is dead: too many workers were lost while they ran it, %s the last", job_id, lease)
 
     def _report(self) -> None:
         for lease, jobs in self._jobs_of.items():

@@ -20,7 +20,7 @@ from attune_worker.models.admission import ADMIT
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
-from attune_worker.store.keys import FleetKeys, new_job_id
+from attune_worker.store.keys import FleetKeys, JobKeys, new_job_id
 from attune_worker.store.leases import Leases
 from attune_worker.store.records import Claim, Finish, Records
 from attune_worker.store.scripts import Script
@@ -94,6 +94,22 @@ def test_job_under_a_lease_that_is_gone_is_found_without_a_death(
     job_id, _ = claimed(records, "gone")
     leases.drop("gone")
     until(lambda: recovery.step() and state(records, job_id) is JobStatus.WAITING)
+
+
+def test_record_that_is_somebody_elses_holds_up_no_other(
+    records: Records,
+    recovery: Recovery,
+    redis: Redis,
+    settings: Settings,
+    until: Until,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Jobs are taken over many at a time, and the one that cannot be is named."""
+    job_ids = [claimed(records, "dead")[0] for _ in range(5)]
+    redis.set(JobKeys.of(settings.namespace, job_ids[2]).record, "not a hash")
+    others = [job_id for job_id in job_ids if job_id != job_ids[2]]
+    until(lambda: recovery.step() is not None and all(state(records, one) is JobStatus.WAITING for one in others))
+    assert f"job {job_ids[2]} of lost worker dead cannot be taken over" in caplog.text
 
 
 def test_nobody_is_taken_over_before_leases_were_watched(

@@ -15,7 +15,8 @@ import click
 def simulator(port: int, host: str, latency: float | None, profile: Path | None) -> None:
     """Answer like Anthropic and OpenAI do, without a model: POST /v1/messages and /v1/chat/completions.
 
-    Answers follow from the prompt alone. GET /_sim/invoice lists what a provider would charge.
+    Answers follow from the prompt alone. GET /_sim/invoice lists what a provider would charge,
+    GET /_sim/subscriptions how much of its quota each subscription has used.
 
     Example: attune-worker simulator --latency 2
     """

@@ -11,6 +11,7 @@ server      routes, timers and connections (tornado)
 service     what one request is answered with, without I/O
 profile     how the provider behaves; latency, fates and rate say when, whether and how often
 anthropic, openai, wire   the formats, and what they share
+subscription  quota windows, and what callers are told of them
 answers     what the model says, and the simulator's tokenizer
 invoice     what was billed
 """
@@ -19,7 +20,16 @@ from attune_worker.simulator.answers import ModelAnswer, answer, count_prompt_to
 from attune_worker.simulator.fates import Fate, fate
 from attune_worker.simulator.invoice import BilledCall, Invoice
 from attune_worker.simulator.latency import FixedLatency, LlmperfLatency, LognormalLatency
-from attune_worker.simulator.profile import Behaviour, Errors, Fault, Price, Profile, RetryAfter
+from attune_worker.simulator.profile import (
+    Behaviour,
+    Errors,
+    Fault,
+    Price,
+    Profile,
+    RetryAfter,
+    Subscription,
+    Window,
+)
 from attune_worker.simulator.running import Simulator, serve
 
 __all__ = [
@@ -37,6 +47,8 @@ __all__ = [
     "Profile",
     "RetryAfter",
     "Simulator",
+    "Subscription",
+    "Window",
     "answer",
     "count_prompt_tokens",
     "count_tokens",

@@ -18,6 +18,7 @@ from attune_worker.simulator.wire import (
     Headers,
     Refusal,
     Tokens,
+    bearer_token,
     is_integer,
     is_number,
     text_of,
@@ -40,12 +41,20 @@ class AnthropicWire:
 
     def key(self, headers: Headers) -> str | None:
         """Return the API key, or the bearer token of a subscription."""
-        bearer = headers.get("authorization", "")
-        return headers.get("x-api-key") or bearer.removeprefix("Bearer ").strip() or None
+        return headers.get("x-api-key") or bearer_token(headers)
+
+    def subscription(self, headers: Headers) -> str | None:
+        """Return the bearer token; a key beside it would win, so then there is none."""
+        return None if headers.get("x-api-key") else bearer_token(headers)
 
     def wrong_key(self, key: str | None) -> Refusal:
         """Refuse a missing key (None) or a wrong one."""
         return Refusal(401, "authentication_error", "invalid x-api-key" if key else "x-api-key header is required")
+
+    def unpaid(self) -> Refusal:
+        """Refuse a key that is right but not paid for."""
+        message = "Your account has a billing problem. Please check your payment information."
+        return Refusal(402, "billing_error", message)
 
     def invalid(self, message: str) -> Refusal:
         """Refuse a request that is wrong in itself."""

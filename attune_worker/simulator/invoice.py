@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Decimal
@@ -24,7 +26,8 @@ class BilledCall:
     ``outcome`` is ``succeeded``, ``abandoned`` (the caller left before the answer), or the fault that
     kept the answer from arriving. ``requested_model`` is what the caller named, ``model`` what
     answered; ``price`` is the profile's own, if any. ``client_request_id`` is the caller's own id of the call,
-    from its ``x-client-request-id``.
+    from its ``x-client-request-id``. ``key`` names the key, not in full; a ``subscription`` has paid with its quota,
+    so that the call costs nothing.
     """
 
     id: str
@@ -37,6 +40,8 @@ class BilledCall:
     tokens: Tokens
     price: Price | None = None
     client_request_id: str | None = None
+    key: str | None = None
+    subscription: bool = False
 
 
 class Invoice:
@@ -56,7 +61,7 @@ class Invoice:
         self._calls.append(call)
 
     def report(self, *, summary: bool = False) -> dict[str, Any]:
-        """Return the count, the exact total and the calls (``summary`` leaves those out), as JSON values.
+        """Return count and exact total, of all and by key, and the calls (not in the ``summary``), as JSON values.
 
         Calls without a known price are counted as ``unpriced`` and add nothing to the total.
         """
@@ -64,19 +69,36 @@ class Invoice:
             for call in self._calls[len(self._costs) :]:
                 self._costs.append(cost_of(call))
             costs = tuple(self._costs)
-        known = [cost for cost in costs if cost is not None]
+        billed = list(zip(self._calls, costs, strict=False))
+        keys: dict[tuple[str | None, bool], list[Decimal | None]] = defaultdict(list)
+        for call, cost in billed:
+            keys[call.key, call.subscription].append(cost)
         report = {
-            "count": len(costs),
-            "total_usd": format(sum(known, Decimal(0)).quantize(NANO_USD), "f"),
-            "unpriced": len(costs) - len(known),
+            **_totals(costs),
+            "by_key": [
+                {"key": key, "auth_mode": _mode(subscription), **_totals(own)}
+                for (key, subscription), own in keys.items()
+            ],
         }
         if not summary:
-            report["calls"] = [_line(call, cost) for call, cost in zip(self._calls, costs, strict=False)]
+            report["calls"] = [_line(call, cost) for call, cost in billed]
         return report
+
+
+def _totals(costs: Sequence[Decimal | None]) -> dict[str, Any]:
+    known = [cost for cost in costs if cost is not None]
+    total = sum(known, Decimal(0)).quantize(NANO_USD)
+    return {"count": len(costs), "total_usd": format(total, "f"), "unpriced": len(costs) - len(known)}
+
+
+def _mode(subscription: bool) -> str:
+    return "subscription" if subscription else "api"
 
 
 def cost_of(call: BilledCall) -> Decimal | None:
     """Return what the provider charges for a call, in USD to the nano-dollar; None where no price is known."""
+    if call.subscription:
+        return Decimal(0).quantize(NANO_USD)
     exact = _own_cost(call.tokens, call.price) if call.price else _listed_cost(call)
     return None if exact is None else exact.quantize(NANO_USD, ROUND_HALF_EVEN)
 
@@ -119,6 +141,8 @@ def _line(call: BilledCall, cost: Decimal | None) -> dict[str, Any]:
         "client_request_id": call.client_request_id,
         "time": call.time,
         "wire": call.wire,
+        "key": call.key,
+        "auth_mode": _mode(call.subscription),
         "requested_model": call.requested_model,
         "model": call.model,
         "outcome": call.outcome,

@@ -12,7 +12,7 @@ from typing import Any
 from attune_worker.simulator.answers import ModelAnswer, Turn
 from attune_worker.simulator.profile import Fault
 from attune_worker.simulator.rate import Allowance
-from attune_worker.simulator.wire import Call, Headers, Refusal, Tokens, is_integer, is_number, text_of
+from attune_worker.simulator.wire import Call, Headers, Refusal, Tokens, bearer_token, is_integer, is_number, text_of
 
 _DOCUMENTED_FIELDS = """
 model messages audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens
@@ -36,13 +36,21 @@ class OpenAIWire:
 
     def key(self, headers: Headers) -> str | None:
         """Return the bearer token."""
-        return headers.get("authorization", "").removeprefix("Bearer ").strip() or None
+        return bearer_token(headers)
+
+    def subscription(self, headers: Headers) -> str | None:
+        """Return None: no subscription is accepted here."""
+        return None
 
     def wrong_key(self, key: str | None) -> Refusal:
         """Refuse a missing key (None) or a wrong one, without repeating it."""
         if key is None:
             return self.invalid("You didn't provide an API key.", status=401)
         return self.invalid("Incorrect API key provided.", status=401, code="invalid_api_key")
+
+    def unpaid(self) -> Refusal:
+        """Refuse a key that is right but not paid for; OpenAI has no 402, and this is how DeepSeek says it."""
+        return Refusal(402, "unknown_error", "Insufficient Balance", code="invalid_request_error")
 
     def invalid(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> Refusal:
         """Refuse a request that is wrong in itself."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from enum import StrEnum
 from functools import cached_property
@@ -116,17 +117,49 @@ class Behaviour(Value):
     served_as: str | None = Field(default=None, min_length=1)
 
 
+WindowName = Literal["5h", "7d"]
+
+
+class Window(Value):
+    """A quota of tokens, input and output together, that begins anew at each reset.
+
+    ``used``: the share that is used up at the start. ``resets_in_seconds``: the first reset, counted from the start;
+    without it the window begins with the simulator. After a reset the next is 5 hours, or 7 days, later.
+    """
+
+    capacity_tokens: int = Field(gt=0)
+    used: float = Field(default=0.0, ge=0, le=1)
+    resets_in_seconds: float | None = Field(default=None, gt=0, le=10**9)
+
+
+class Subscription(Value):
+    """What a bearer token pays with: ``windows`` instead of money.
+
+    ``name`` is shown instead of the end of the token. ``decimals``: those of the utilization that callers are told.
+    """
+
+    windows: dict[WindowName, Window] = Field(min_length=1)
+    name: str | None = Field(default=None, min_length=1)
+    decimals: int = Field(default=2, ge=1, le=16)
+
+
 class Profile(Behaviour):
     """Everything that decides how the simulator behaves; a field given under ``models`` replaces the one here, whole.
 
     ``seed``: the n-th call's fate follows from the seed and n alone. ``api_keys``: the keys that are
     accepted (default: any key); ``require_key = false`` accepts callers without one, as local servers
-    do. ``cache``: repeated prefixes count as cache reads. ``only_listed_models``: a model without a
-    table under ``models`` does not exist (404).
+    do. ``subscriptions``, by their bearer token, are accepted as well, in the Anthropic format alone.
+    ``refused_keys`` get a 401, ``unpaid_keys`` a 402, and ``spend_limited_keys`` what says that a spend limit is
+    reached; each may hold API keys and subscriptions' tokens. ``cache``: repeated prefixes count as cache reads.
+    ``only_listed_models``: a model without a table under ``models`` does not exist (404).
     """
 
     seed: int = 0
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
+    subscriptions: dict[str, Subscription] = Field(default_factory=dict, repr=False)
+    refused_keys: tuple[str, ...] = Field(default=(), repr=False)
+    unpaid_keys: tuple[str, ...] = Field(default=(), repr=False)
+    spend_limited_keys: tuple[str, ...] = Field(default=(), repr=False)
     require_key: bool = True
     cache: bool = False
     only_listed_models: bool = False
@@ -152,7 +185,23 @@ class Profile(Behaviour):
         """Whether a caller with this key may call."""
         if not key:
             return not self.require_key
-        return not self.api_keys or key in self.api_keys
+        if key in self.refused_keys:
+            return False
+        return not self.api_keys or key in self.api_keys or key in self.subscriptions
+
+    def key_name(self, key: str) -> str:
+        """Return what a key is called where it may be seen: a subscription's name, or the end of the key."""
+        subscription = self.subscriptions.get(key)
+        return subscription.name if subscription and subscription.name else key_end(key)
+
+    @model_validator(mode="after")
+    def _tell_subscriptions_apart(self) -> Self:
+        if both := [key for key in self.api_keys if key in self.subscriptions]:
+            raise ValueError(f"{key_end(both[0])} is one of 'api_keys' and a subscription; it can be only one of them")
+        for name, count in Counter(map(self.key_name, self.subscriptions)).items():
+            if count > 1:
+                raise ValueError(f"{count} 'subscriptions' are shown as {name}; give each a 'name' of its own")
+        return self
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any], *, source: str = "profile") -> Profile:
@@ -161,7 +210,7 @@ class Profile(Behaviour):
             return cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            field = ".".join(str(part) for part in first["loc"])
+            field = ".".join(_shown(first["loc"]))
             reason = first["msg"].removeprefix("Value error, ")
             raise ConfigurationError(f"{source}: {field!r}: {reason}" if field else f"{source}: {reason}") from None
 
@@ -178,6 +227,23 @@ class Profile(Behaviour):
         except ValueError as error:
             raise ConfigurationError(f"{path}: {error}") from None
         return cls.parse(fields, source=str(path))
+
+
+KEYS = ("api_keys", "subscriptions", "refused_keys", "unpaid_keys", "spend_limited_keys")
+"""The fields of a profile that hold keys or tokens, and are never shown."""
+
+
+def key_end(key: str) -> str:
+    """Return the last four characters of a key, or the last half of a short one."""
+    return f"…{key[-min(4, max(1, len(key) // 2)) :]}"
+
+
+def _shown(place: Sequence[int | str]) -> list[str]:
+    """Return where in a profile something is wrong, without the token that a subscription's place has in it."""
+    return [
+        key_end(str(part)) if depth == 1 and place[0] == "subscriptions" else str(part)
+        for depth, part in enumerate(place)
+    ]
 
 
 _READERS = {".toml": tomllib.loads, ".json": json.loads}

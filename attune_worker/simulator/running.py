@@ -63,12 +63,15 @@ class Simulator:
 
     def invoice(self, *, summary: bool = False) -> dict[str, Any]:
         """Return what ``GET /_sim/invoice`` shows."""
-        self._in_loop(lambda: None)  # an answer leaves a moment before it is billed; let that moment pass
         return self._service.invoice.report(summary=summary)
 
     def requests(self, last: int = REMEMBERED_REQUESTS) -> dict[str, Any]:
         """Return what ``GET /_sim/requests`` shows."""
         return self._in_loop(lambda: self._service.requests(last))
+
+    def subscriptions(self) -> dict[str, Any]:
+        """Return what ``GET /_sim/subscriptions`` shows: calls and use of each subscription, by its shown name."""
+        return self._in_loop(self._service.subscriptions)
 
     def reset(self) -> None:
         """Forget all calls, as ``POST /_sim/reset`` does; the profile stays."""

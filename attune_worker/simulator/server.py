@@ -30,7 +30,7 @@ from tornado.httputil import (
 from attune_worker.errors import ConfigurationError
 from attune_worker.simulator.anthropic import AnthropicWire
 from attune_worker.simulator.openai import OpenAIWire
-from attune_worker.simulator.profile import Profile
+from attune_worker.simulator.profile import KEYS, Profile
 from attune_worker.simulator.service import JSON, REMEMBERED_REQUESTS, Reply, Service
 from attune_worker.simulator.wire import MAX_BODY_BYTES, Wire, to_json
 
@@ -135,6 +135,7 @@ class _Exchange(HTTPMessageDelegate):
         self._server.service.settle(reply, abandoned=True)
 
     def _send(self, reply: Reply) -> None:
+        reply = self._server.service.settle(reply, abandoned=False)
         if reply.ending == "disconnect":
             self._break_off(reply)
         else:
@@ -143,7 +144,6 @@ class _Exchange(HTTPMessageDelegate):
             line = ResponseStartLine("HTTP/1.1", reply.status, _reason(reply.status))
             self._connection.write_headers(line, headers, reply.body)
             self._connection.finish()
-        self._server.service.settle(reply, abandoned=False)
 
     def _break_off(self, reply: Reply) -> None:
         """Promise the whole body, send half of it, and hang up."""
@@ -168,6 +168,7 @@ class AdminPages:
             ("GET", "/_sim/health"): self._health,
             ("GET", "/_sim/invoice"): self._invoice,
             ("GET", "/_sim/requests"): self._requests,
+            ("GET", "/_sim/subscriptions"): self._subscriptions,
             ("GET", "/_sim/profile"): self._profile,
             ("PUT", "/_sim/profile"): self._set_profile,
             ("POST", "/_sim/reset"): self._reset,
@@ -191,16 +192,20 @@ class AdminPages:
             return _page({"error": "'last' is the number of requests to show"}, status=400)
         return _page(self._service.requests(int(last)))
 
+    async def _subscriptions(self, query: dict[str, str], body: bytes) -> Reply:
+        return _page(self._service.subscriptions())
+
     async def _profile(self, query: dict[str, str], body: bytes) -> Reply:
         # Only what was given: a model's field that was never set must stay unset when this is sent back.
-        shown = self._service.profile.model_dump(mode="json", exclude_unset=True, exclude={"api_keys"})
+        shown = self._service.profile.model_dump(mode="json", exclude_unset=True, exclude=set(KEYS))
         return _page(shown)
 
     async def _set_profile(self, query: dict[str, str], body: bytes) -> Reply:
         try:
             fields = _object(body)
             # Keys are never shown, so a profile that was read, changed and sent back does not hold them.
-            self._service.profile = Profile.parse({"api_keys": self._service.profile.api_keys, **fields})
+            kept = {name: getattr(self._service.profile, name) for name in KEYS}
+            self._service.profile = Profile.parse({**kept, **fields})
         except ConfigurationError as error:
             return _page({"error": str(error)}, status=400)
         return await self._profile(query, body)

@@ -19,6 +19,7 @@ from attune_worker.simulator.invoice import BilledCall, Invoice
 from attune_worker.simulator.prefix_cache import PrefixCache
 from attune_worker.simulator.profile import Behaviour, Fault, Profile
 from attune_worker.simulator.rate import Bucket
+from attune_worker.simulator.subscription import Quota, Quotas
 from attune_worker.simulator.wire import (
     CLIENT_REQUEST_ID,
     MAX_BODY_BYTES,
@@ -42,7 +43,10 @@ Ending = Literal["complete", "hang", "disconnect"]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What to send after ``delay_seconds``, and how the connection ends; ``bill`` is due when that is done."""
+    """What to send after ``delay_seconds``, and how the connection ends.
+
+    ``bill`` is due then, and what the call used of the quota of the subscription with ``token``.
+    """
 
     status: int
     body: bytes = field(repr=False)
@@ -50,6 +54,7 @@ class Reply:
     delay_seconds: float = 0.0
     ending: Ending = "complete"
     bill: BilledCall | None = None
+    token: str | None = field(default=None, repr=False)
 
 
 class _Seen(NamedTuple):
@@ -57,6 +62,7 @@ class _Seen(NamedTuple):
 
     time: float
     path: str
+    key: str | None
     model: str | None
     status: int
     headers: Headers
@@ -66,15 +72,25 @@ class Service:
     """The provider: a profile, and what it remembers between calls. It belongs to one thread; the invoice is free."""
 
     def __init__(self, profile: Profile, *, clock: Callable[[], float] = time) -> None:
-        self.profile = profile
+        self._profile = profile
         self.in_flight = 0
         self._clock = clock
         self._nonce = secrets.token_hex(6)
         self._serial = 0
         self.reset()
 
+    @property
+    def profile(self) -> Profile:
+        """How it behaves; the quota of a subscription that stays as it was goes on."""
+        return self._profile
+
+    @profile.setter
+    def profile(self, profile: Profile) -> None:
+        self._profile = profile
+        self._quotas.apply(profile.subscriptions, self._clock())
+
     def reset(self) -> None:
-        """Forget all calls: the invoice, the call counter, limits, cached prefixes and remembered requests.
+        """Forget all calls: the invoice, the call counter, limits, quotas, cached prefixes and remembered requests.
 
         What is in flight stays in flight, and is billed on the new invoice.
         """
@@ -82,6 +98,7 @@ class Service:
         self.max_in_flight = self.in_flight
         self._calls = 0
         self._buckets: dict[str, Bucket] = {}
+        self._quotas = Quotas(self.profile.subscriptions, self._clock())
         self._prefixes = PrefixCache()
         self._seen: deque[_Seen] = deque(maxlen=REMEMBERED_REQUESTS)
 
@@ -91,29 +108,48 @@ class Service:
         self._serial += 1
         serial = f"{self._nonce}{self._serial:010x}"
         identity = {"content-type": JSON, wire.request_id_header: wire.request_id(serial)}
+        key = wire.key(headers)
         call: Call | None = None
         try:
             self._authorise(wire, headers)
+            self._check_payment(wire, key)
             call = self._understand(wire, headers, body)
-            reply = self._run(wire, call, serial, identity, now)
+            reply = self._run(wire, call, key, serial, identity, now)
         except Refusal as refusal:
             reply = self._refuse(wire, refusal, call, identity, now)
         except UnicodeEncodeError:
             # JSON can escape half a surrogate pair, which is no text
             reply = self._refuse(wire, wire.invalid("The request body holds invalid Unicode."), call, identity, now)
-        self._seen.append(_Seen(now, path, call.model if call else None, reply.status, headers))
+        shown = self.profile.key_name(key) if key else None
+        self._seen.append(_Seen(now, path, shown, call.model if call else None, reply.status, headers))
         if reply.bill:
             self.in_flight += 1
             self.max_in_flight = max(self.max_in_flight, self.in_flight)
         return reply
 
-    def settle(self, reply: Reply, *, abandoned: bool) -> None:
-        """Bill a reply that was sent, or that nobody waited for."""
+    def settle(self, reply: Reply, *, abandoned: bool) -> Reply:
+        """Bill a reply that is about to be sent, or that nobody waited for; return it with what its headers tell now.
+
+        What hangs was billed when it was accepted.
+        """
         if reply.bill is None:
-            return
+            return reply
         self.in_flight -= 1
-        if reply.ending != "hang":
-            self.invoice.add(replace(reply.bill, outcome="abandoned") if abandoned else reply.bill)
+        if reply.ending == "hang":
+            return reply
+        told = self._charge(replace(reply.bill, outcome="abandoned") if abandoned else reply.bill, reply.token)
+        return replace(reply, headers={**reply.headers, **told})
+
+    def _charge(self, bill: BilledCall, token: str | None) -> dict[str, str]:
+        """Put a call on the invoice and on its subscription, and return what the caller is told of the quota."""
+        self.invoice.add(bill)
+        quota = self._quotas.of(token)
+        return quota.count(bill.tokens.input + bill.tokens.output, self._clock()) if quota else {}
+
+    def subscriptions(self) -> dict[str, Any]:
+        """Return for each subscription, by its shown name, the calls on it and the use of its windows."""
+        now = self._clock()
+        return {self.profile.key_name(token): quota.report(now) for token, quota in self._quotas.items()}
 
     def list_models(self, wire: Wire, headers: Headers) -> Reply:
         """Return the reply to a request for the models on offer: those that the profile names."""
@@ -134,8 +170,15 @@ class Service:
 
     def _authorise(self, wire: Wire, headers: Headers) -> None:
         key = wire.key(headers)
-        if not self.profile.accepts(key):
+        misplaced = key in self.profile.subscriptions and wire.subscription(headers) is None
+        if misplaced or not self.profile.accepts(key):
             raise wire.wrong_key(key)
+
+    def _check_payment(self, wire: Wire, key: str | None) -> None:
+        if key in self.profile.unpaid_keys:
+            raise wire.unpaid()
+        if key in self.profile.spend_limited_keys:
+            raise wire.failure(Fault.SPEND_LIMIT, "", 0)
 
     def _understand(self, wire: Wire, headers: Headers, body: bytes) -> Call:
         if len(body) > MAX_BODY_BYTES:
@@ -152,19 +195,27 @@ class Service:
         own_id = headers.get(CLIENT_REQUEST_ID)
         return replace(call, client_request_id=own_id) if own_id else call
 
-    def _run(self, wire: Wire, call: Call, serial: str, identity: dict[str, str], now: float) -> Reply:
+    def _run(self, wire: Wire, call: Call, key: str | None, serial: str, identity: dict[str, str], now: float) -> Reply:
         behaviour = self.profile.behaviour(call.model)
         self._admit(wire, call, behaviour, identity, now)
+        said = answer(call.model, call.system, call.turns, call.max_tokens, call.stop)
+        quota = self._quotas.of(key)
+        if quota:
+            _admit_to(quota, call, said, identity, now)
         self._calls += 1
         fated = fate(self.profile.seed, self._calls, behaviour)
         _refuse_if_fated(wire, call, behaviour, fated)
-        said = answer(call.model, call.system, call.turns, call.max_tokens, call.stop)
-        bill = self._bill(wire, call, behaviour, said, serial, fated, now)
+        bill = replace(
+            self._bill(wire, call, behaviour, said, serial, fated, now),
+            key=self.profile.key_name(key) if key else None,
+            subscription=quota is not None,
+        )
         if fated.fault is Fault.HANG:
             # Nobody can tell when a hanging call is over, so it is billed when it is accepted.
-            self.invoice.add(bill)
+            self._charge(bill, key)
         content = wire.success(bill.id, bill.model, said, bill.tokens, now)
-        return _spoil(Reply(200, to_json(content), identity, fated.latency_seconds, bill=bill), fated.fault)
+        reply = Reply(200, to_json(content), identity, fated.latency_seconds, bill=bill, token=key)
+        return _spoil(reply, fated.fault)
 
     def _admit(self, wire: Wire, call: Call, behaviour: Behaviour, headers: dict[str, str], now: float) -> None:
         """Take the call from the model's requests per minute, and tell the caller in ``headers`` what is left."""
@@ -206,6 +257,15 @@ class Service:
             headers.update(retry_after_headers(refusal.wait_seconds, form, now))
         request_id = headers.get(wire.request_id_header, "")
         return Reply(refusal.status, to_json(wire.error(refusal, request_id)), headers)
+
+
+def _admit_to(quota: Quota, call: Call, said: ModelAnswer, headers: dict[str, str], now: float) -> None:
+    """Raise the refusal of a call for which a window has no room, and tell the caller in ``headers`` why."""
+    tokens = count_prompt_tokens(call.system, call.turns) + count_tokens(said.text)
+    if refused := quota.admit(tokens, now):
+        refusal, told = refused
+        headers.update(told)
+        raise refusal
 
 
 def _refuse_if_fated(wire: Wire, call: Call, behaviour: Behaviour, fated: Fate) -> None:

@@ -90,8 +90,16 @@ class Wire(Protocol):
         """Return the API key that a request carries."""
         ...
 
+    def subscription(self, headers: Headers) -> str | None:
+        """Return the token of a subscription that a request carries in the place where one is accepted."""
+        ...
+
     def wrong_key(self, key: str | None) -> Refusal:
         """Refuse a missing key (None) or a wrong one."""
+        ...
+
+    def unpaid(self) -> Refusal:
+        """Refuse a key that is right but not paid for."""
         ...
 
     def invalid(self, message: str) -> Refusal:
@@ -162,6 +170,11 @@ def retry_after_headers(wait_seconds: float, form: RetryAfterForm, now: float) -
         moment = datetime.fromtimestamp(math.ceil(now + wait_seconds), UTC)
         return {"retry-after": format_datetime(moment, usegmt=True)}
     return {}
+
+
+def bearer_token(headers: Headers) -> str | None:
+    """Return the token of an ``authorization`` header."""
+    return headers.get("authorization", "").removeprefix("Bearer ").strip() or None
 
 
 def text_of(content: Any) -> str:

@@ -16,6 +16,27 @@ OPENAI_HEADERS = {"authorization": "Bearer key"}
 HAIKU = "claude-haiku-4-5"
 MINI = "gpt-4o-mini"
 
+TOKEN = "oat-secret-1234"
+VERSION = {"anthropic-version": "2023-06-01"}
+BEARER = {**VERSION, "authorization": f"Bearer {TOKEN}"}
+UNIFIED = "anthropic-ratelimit-unified"
+HUNDRED = {"prompt": "x" * 396, "max_tokens": 1}
+"""A call of 99 + 1 tokens."""
+
+
+def windows(used_5h: float = 0.0, used_7d: float = 0.0, capacity: int = 1000, **subscription: Any) -> dict[str, Any]:
+    """Return the profile fields of one subscription."""
+    five = {"capacity_tokens": capacity, "used": used_5h, "resets_in_seconds": 600}
+    seven = {"capacity_tokens": 10 * capacity, "used": used_7d, "resets_in_seconds": 86_400}
+    return {"subscriptions": {TOKEN: {"windows": {"5h": five, "7d": seven}, **subscription}}}
+
+
+def told(response: httpx.Response) -> dict[str, str]:
+    """Return what a response says about the windows, by the end of the header's name."""
+    return {
+        name.removeprefix(f"{UNIFIED}-"): text for name, text in response.headers.items() if name.startswith(UNIFIED)
+    }
+
 
 class Caller:
     """Sends well-formed requests; keyword arguments change body fields, and None removes one."""

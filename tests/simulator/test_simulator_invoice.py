@@ -77,7 +77,13 @@ def test_the_summary_leaves_the_calls_out(simulate):
 
 def test_an_empty_invoice_is_zero(simulate):
     """The total keeps its nine decimals when there is nothing to add."""
-    assert simulate().invoice() == {"calls": [], "count": 0, "total_usd": "0.000000000", "unpriced": 0}
+    assert simulate().invoice() == {
+        "calls": [],
+        "count": 0,
+        "total_usd": "0.000000000",
+        "unpriced": 0,
+        "by_key": [],
+    }
 
 
 def test_an_unknown_price_is_null_and_counted(simulate):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import attune_worker
 from attune_worker.errors import ConfigurationError
 from attune_worker.jobs import ModelTier
 from attune_worker.models import registry as module
@@ -178,3 +179,15 @@ def test_web_client_does_not_load_the_price_library_or_http() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
+
+
+def test_process_has_one_registry_by_its_settings() -> None:
+    """``get_model``, ``get_all_models`` and ``get_pricing_for_model`` need no settings of their own."""
+    every = attune_worker.get_all_models()
+    assert every == Registry.from_settings(attune_worker.get_settings()).all()
+    cheap = attune_worker.get_model("anthropic", "cheap")
+    assert cheap == attune_worker.get_model("anthropic", ModelTier.CHEAP)
+    assert cheap in every
+    price = attune_worker.get_pricing_for_model(cheap.id)
+    assert price is not None
+    assert price.output_cost_per_million > price.input_cost_per_million > 0

@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do com
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rabbitmq check format bench clean
+.PHONY: help setup demo test test-rabbitmq check format docs bench clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -20,15 +20,19 @@ test: .venv/dev.stamp  ## run the tests, against real Redis and real workers
 test-rabbitmq: .venv/dev.stamp  ## run the tests with RabbitMQ as the broker; it has to be installed (rabbitmq-server)
 	$(BIN)/pytest -m rabbitmq
 
-check: .venv/dev.stamp  ## lint, formatting, types and import contracts
+check: .venv/dev.stamp  ## lint, formatting, types, import contracts, and whether the reference pages are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m docs.reference.generate --check
 
 format: .venv/dev.stamp  ## put the code into its standard form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/dev.stamp  ## write the reference pages: commands, settings, Redis keys, the JSON of jobs
+	$(BIN)/python -m docs.reference.generate
 
 bench: .venv/dev.stamp  ## measure throughput against a bare Celery task (some minutes)
 	$(BIN)/python benchmarks/throughput.py

@@ -174,7 +174,9 @@ class Job(_Value):
     best_effort: bool = True
     max_tokens: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     temperature: float | None = Field(default=None, ge=0, le=2)
-    stop: Annotated[tuple[Name, ...], BeforeValidator(_one_or_many)] = ()
+    stop: Annotated[
+        tuple[Name, ...], BeforeValidator(_one_or_many, json_schema_input_type=Name | tuple[Name, ...])
+    ] = ()
     tenant: Name | None = None
     user_id: Name | None = None
     session_id: Name | None = None

@@ -25,17 +25,22 @@ STYLES = {
 
 
 @click.command()
+@click.option("--offline", is_flag=True, help="Do not contact providers.")
 @json_option
-def doctor(*, as_json: bool) -> None:
+def doctor(*, offline: bool, as_json: bool) -> None:
     """Look at settings, Redis, broker, workers and providers, and say what should be done.
 
-    Exit code 1: something can lose jobs or money. 3: Redis, the broker or the result backend cannot be reached.
+    Each provider with a key is asked for its list of models, with that key: it costs nothing, and tells whether the
+    key is taken.
+
+    Exit code 1: something can lose jobs or money. 3: Redis, the broker, the result backend, or every provider that was
+    asked cannot be reached.
 
     Example: attune-worker doctor
     """
     settings = get_settings()
     configured = origins(settings)
-    found = list(findings(settings))
+    found = list(findings(settings, offline=offline))
     if as_json:
         told = {"versions": versions(), "settings": list(map(asdict, configured)), "findings": list(map(asdict, found))}
         print_json(told)

@@ -19,6 +19,7 @@ from redis.exceptions import ResponseError
 
 from attune_worker.budget import BudgetKey
 from attune_worker.errors import ServiceUnavailableError
+from attune_worker.models import decisions
 from attune_worker.models.admission_wire import (
     FIRST_BUDGET,
     OF_CIRCUITS,
@@ -110,7 +111,9 @@ class Admission:
             else:
                 self._reached()
                 return self._verdict(request, charged, answer)
-        return self._own_verdict(request, charged)
+        verdict = self._own_verdict(request, charged)
+        decisions.tell_own(request, verdict)
+        return verdict
 
     def settle(self, permit: Permit, outcome: Outcome) -> None:
         """Write down what a call did; while Redis is away it is kept, and written later."""
@@ -174,13 +177,16 @@ class Admission:
             for quote, (_, at, why, *_) in zip(request.quotes, refusals, strict=True):
                 if why in OF_CIRCUITS:
                     self._local.adopt(circuits_of(quote.model)[0], Grant(False, max(0, int(at) - now_ms), why.decode()))
+            decisions.tell_refusal(request, charged, refusals)
             return refusal_of(request, charged, now_ms, refusals)
         if answer[0] != b"admitted":  # the call was settled before it was made; another one may be
             return Refusal("leave for this call was given back already", SOON_SECONDS)
-        _, place, now_ms, admitted_ms = answer
+        _, place, now_ms, admitted_ms, probes, passed_over = answer
         self._clock_offset_ms = now_ms - time.time() * 1000
         self._local.adopt(circuits_of(request.quotes[place].model)[0], Grant(True, 0, ""))
-        return _permit(request, request.quotes[place], charged[place], admitted_ms)
+        permit = _permit(request, request.quotes[place], charged[place], admitted_ms)
+        decisions.tell_leave(request, charged, permit, probes, passed_over)
+        return permit
 
     def _own_verdict(self, request: Request, charged: Charged) -> Permit | Refusal:
         """Decide without Redis, by what this process has seen: not for a job, nor against a hard budget."""

@@ -13,7 +13,7 @@ from attune_worker.budget import BudgetKey, budgets_for, nano_of, usd_of
 from attune_worker.jobs import Job, ModelTier
 from attune_worker.limits import Settled, want
 from attune_worker.models.adaptive import place_of
-from attune_worker.models.calls import Outcome, Permit, Refusal, Request
+from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.intent import Intent
 from attune_worker.models.registry import ModelInfo
 from attune_worker.models.task_types import get_tier_for_task
@@ -228,19 +228,24 @@ def refusal_of(request: Request, charged: Charged, now_ms: int, refusals: Sequen
     if waits:
         at, reason = min(waits, key=lambda wait: wait[0])
         return Refusal(reason, max(0.001, (int(at) - now_ms) / 1000))
-    _, at, why, left_nano, place = refusals[0]
-    budget, ref = charged[0][place], request.quotes[0].model.ref
+    quote, refusal = request.quotes[0], refusals[0]
+    at, place = int(refusal[1]), refusal[4]
+    reason = without_money(quote, charged[0][place], refusal)
+    after_seconds = 0.0 if refusal[2] == b"unknown_price" else max(0.001, (at - now_ms) / 1000)
+    return Refusal(reason, after_seconds, for_budget=True)
+
+
+def without_money(quote: Quote, budget: BudgetKey, refusal: Sequence[Any]) -> str:
+    """Say why a hard budget has no room for a call, by ADMIT's refusal."""
+    _, at, why, left_nano, _ = refusal
     if why == b"unknown_price":
-        reason = f"the price of {ref} is unknown, and the hard budget {_scope(budget)} allows no such call"
-        return Refusal(reason, 0.0, for_budget=True)
+        return f"the price of {quote.model.ref} is unknown, and the hard budget {_scope(budget)} allows no such call"
     resets_at = datetime.fromtimestamp(int(at) / 1000, UTC)
     left_usd = max(usd_of(int(left_nano)), Decimal(0))
     hint = ", too small even then: a smaller max_tokens helps" if why == b"budget_too_small" else ""
-    return Refusal(
+    return (
         f"the hard budget {_scope(budget)} has ${left_usd:f} left and this job needs up to "
-        f"${request.quotes[0].worst_usd:f} on {ref}; it starts anew at {resets_at:%Y-%m-%d %H:%M} UTC{hint}",
-        max(0.001, (int(at) - now_ms) / 1000),
-        for_budget=True,
+        f"${quote.worst_usd:f} on {quote.model.ref}; it starts anew at {resets_at:%Y-%m-%d %H:%M} UTC{hint}"
     )
 
 

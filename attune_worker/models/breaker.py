@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from attune_worker.errors import AttuneError, ConfigurationError, ServiceUnavailableError
 from attune_worker.jobs import ModelTier
+from attune_worker.models import decisions
 from attune_worker.models.local_circuits import LocalCircuits
 from attune_worker.models.permits import Permit, Permits
 from attune_worker.sections import BreakerSettings
@@ -104,6 +105,7 @@ class CircuitBreaker:
         else:
             for name in names if grant.allowed else names[:1]:
                 self._local.adopt(name, grant)
+        decisions.tell_circuit(names, grant)
         if grant.allowed:
             self._permits.add(Permit(call_id, grant, names, ends, local))
         return grant.allowed

@@ -26,6 +26,7 @@ from attune_worker.errors import (
     StoppedError,
 )
 from attune_worker.jobs import Attempt, Decision, Job
+from attune_worker.models import decisions
 from attune_worker.models.adaptive import AdaptiveModelRouter, Ranking
 from attune_worker.models.attempts import attempt_of, located
 from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
@@ -190,6 +191,9 @@ class Caller:
         held_up: str | None = "the time for this start was up before a call"  # None: a call was what took it up
         ranking = yield Rank(job)
         assert isinstance(ranking, Ranking)  # noqa: S101  # the drivers answer every Rank
+        if decisions.wanted():
+            dropped = self.candidates(job).dropped
+            decisions.tell_route(start.job_id, ranking, dropped, adaptive=self.settings.routing.adaptive)
         decision: Decision | None = None if attempts else ranking.decision
         failures = [seen_before(attempt, self.registry) for attempt in attempts]
         spent = sum((self._spent(job, attempt) for attempt in attempts), Decimal(0))

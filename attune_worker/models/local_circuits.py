@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attune_worker.sections import BreakerSettings
@@ -68,9 +68,9 @@ class LocalCircuits:
         with self._lock:
             now = self._now()
             circuits = [self._circuit(name) for name in names]
-            for circuit in circuits:
+            for place, circuit in enumerate(circuits):
                 if refusal := self._refusal(circuit, call_id, now):
-                    return refusal
+                    return replace(refusal, place=place)
             return Grant(True, 0, "", tuple(_take(circuit, call_id, lease_ms, now) for circuit in circuits))
 
     def record(self, results: Mapping[Name, Mapping[str, Any]]) -> list[str]:

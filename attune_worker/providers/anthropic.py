@@ -40,15 +40,9 @@ class Anthropic:
 
     def build(self, endpoint: Endpoint, chat: ChatRequest) -> HttpRequest:
         """Return the request that asks ``chat``; all system messages go to the front, as the API wants them."""
-        headers = {
-            "content-type": "application/json",
-            "accept": "application/json",
-            "anthropic-version": API_VERSION,
-        }
+        headers = {"content-type": "application/json", **_headers(endpoint)}
         if chat.call_id:
             headers["x-client-request-id"] = chat.call_id
-        if endpoint.api_key:
-            headers["x-api-key"] = endpoint.api_key
         return HttpRequest(f"{endpoint.base_url}/v1/messages", headers, wire.encode(_fields(chat)))
 
     def parse(self, response: HttpResponse) -> Answer:
@@ -61,6 +55,18 @@ class Anthropic:
     def failure(self, response: HttpResponse) -> ProviderError:
         """Name the failure that a response other than 2xx stands for; never raises."""
         return failures.failure(response)
+
+    def models_request(self, endpoint: Endpoint) -> HttpRequest:
+        """Return the request for the models there are: ``GET {base_url}/v1/models``, which costs nothing."""
+        return HttpRequest(f"{endpoint.base_url}/v1/models", _headers(endpoint), b"", "GET")
+
+
+def _headers(endpoint: Endpoint) -> dict[str, str]:
+    """Return what every request has: the version, and the key."""
+    headers = {"accept": "application/json", "anthropic-version": API_VERSION}
+    if endpoint.api_key:
+        headers["x-api-key"] = endpoint.api_key
+    return headers
 
 
 def _fields(chat: ChatRequest) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from attune_worker.errors import ProviderError
 from attune_worker.jobs import Message, Usage
@@ -47,11 +47,12 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """A POST to be sent as it is. Headers hold the key and the body the prompt, so neither is in the repr."""
+    """What is to be sent as it is. Headers hold the key and the body the prompt, so neither is in the repr."""
 
     url: str
     headers: Mapping[str, str] = field(repr=False)
     body: bytes = field(repr=False)
+    method: str = "POST"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,4 +96,13 @@ class Provider(Protocol):
 
     def failure(self, response: HttpResponse) -> ProviderError:
         """Name the failure that a response other than 2xx stands for; never raises."""
+        ...
+
+
+@runtime_checkable
+class ListsModels(Protocol):
+    """A wire format that can ask which models there are, at no cost; that tells whether a key is good."""
+
+    def models_request(self, endpoint: Endpoint) -> HttpRequest:
+        """Return the request for the models of ``endpoint``."""
         ...

@@ -101,7 +101,11 @@ class HttpSender:
             "pool": timeout_seconds,
         }
         return httpx.Request(
-            "POST", _parsed(request.url), headers=request.headers, content=request.body, extensions={"timeout": timeout}
+            request.method,
+            _parsed(request.url),
+            headers=request.headers,
+            content=request.body,
+            extensions={"timeout": timeout},
         )
 
     def _body(self, response: httpx.Response) -> Body:

@@ -42,11 +42,9 @@ class OpenAI:
 
     def build(self, endpoint: Endpoint, chat: ChatRequest) -> HttpRequest:
         """Return the request that asks ``chat``; a server that needs no key gets none."""
-        headers = {"content-type": "application/json", "accept": "application/json"}
+        headers = {"content-type": "application/json", **_headers(endpoint)}
         if chat.call_id:
             headers["x-client-request-id"] = chat.call_id
-        if endpoint.api_key:
-            headers["authorization"] = f"Bearer {endpoint.api_key}"
         fields = _fields(chat) | _limits_and_keys(chat, _host(endpoint.base_url))
         return HttpRequest(f"{endpoint.base_url}/chat/completions", headers, wire.encode(fields))
 
@@ -60,6 +58,18 @@ class OpenAI:
     def failure(self, response: HttpResponse) -> ProviderError:
         """Name the failure that a response other than 2xx stands for; never raises."""
         return failures.failure(response)
+
+    def models_request(self, endpoint: Endpoint) -> HttpRequest:
+        """Return the request for the models there are: ``GET {base_url}/models``, which costs nothing."""
+        return HttpRequest(f"{endpoint.base_url}/models", _headers(endpoint), b"", "GET")
+
+
+def _headers(endpoint: Endpoint) -> dict[str, str]:
+    """Return what every request has: the key, where there is one."""
+    headers = {"accept": "application/json"}
+    if endpoint.api_key:
+        headers["authorization"] = f"Bearer {endpoint.api_key}"
+    return headers
 
 
 @lru_cache(maxsize=256)

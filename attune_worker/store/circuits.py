@@ -33,13 +33,14 @@ class Grant:
     """The answer to a request for a permit: ``permits`` are (generation, probe) of the circuits asked, in turn.
 
     When it is refused, ``wait_ms`` says when it is worth asking again and ``reason`` why: open, probing
-    (others are finding out) or forced_open.
+    (others are finding out) or forced_open; ``place`` is that of the circuit that refuses among those asked.
     """
 
     allowed: bool
     wait_ms: int
     reason: str
     permits: tuple[tuple[int, bool], ...] = ()
+    place: int = 0
 
 
 def rules_in_ms(rules: BreakerSettings) -> dict[str, Any]:
@@ -76,8 +77,10 @@ class Circuits:
                 self._redis, [self._keys.circuit(*name) for name in names], (call_id, lease_ms, self._rules)
             )
         allowed, wait_ms, reason, *permits = answer
+        if not allowed:
+            return Grant(False, wait_ms, reason.decode(), place=permits[0])
         pairs = zip(permits[::2], permits[1::2], strict=True)
-        return Grant(bool(allowed), wait_ms, reason.decode(), tuple((number, bool(probe)) for number, probe in pairs))
+        return Grant(True, wait_ms, reason.decode(), tuple((number, bool(probe)) for number, probe in pairs))
 
     def record(self, results: Mapping[Name, Mapping[str, Any]]) -> list[str]:
         """Count one call's result in the first circuit, and in the others that it probed; return the transitions."""

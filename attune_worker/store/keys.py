@@ -4,7 +4,7 @@
 key          type    name                               lifetime
 ===========  ======  =================================  ==============================================
 record       hash    ``{ns:07}:job:<id>``               none until the job ends (an accepted job must
-                                                        not vanish), then the retention time
+                                                        not vanish), then ``retention_seconds``
 queued       zset    ``{ns:07}:queued``                 none; an entry leaves when its job is claimed
                                                         or ends. Score: when its last wake-up was sent, ms
 running      hash    ``{ns:07}:running``                none; a field leaves when its job ends or waits.
@@ -29,7 +29,7 @@ limits       hash    ``{ns}:limits:<provider>:<model>`` as above, and longer tha
 slots        zset    ``{ns}:slots:<provider>``          a day after the last write; an entry counts until
                                                         the end of its call's lease, its score (ms)
 budget       hash    ``{ns}:budget:<tenant>:<workflow>:<provider>:<per>``  63 days after the last write
-call         hash    ``{ns}:call:<id>``                 none while it is under way; then the retention time,
+call         hash    ``{ns}:call:<id>``                 none while it is under way; then ``retention_seconds``,
                                                         at least an hour: until then a second settlement is
                                                         known for one
 calls        zset    ``{ns}:calls``                     none: it shows calls whose worker died, and they
@@ -40,7 +40,8 @@ jobcalls     list    ``{ns}:jobcalls:<job id>``         63 days from the latest 
 workers      zset    ``{ns}:workers``                   none; an entry leaves when its worker ends, or is
                                                         found dead. Lease -> its end, ms
 sweep        hash    ``{ns}:sweep``                     a day: since when leases are watched without a gap
-ledger       stream  ``{ns}:ledger``                    one entry a call; by age and number, see settings
+ledger       stream  ``{ns}:ledger``                    one entry a call; ``ledger.retention_days``, and no
+                                                        more than about ``ledger.max_records``
 costs        hash    ``{ns}:costs:<day>``               ``ledger.sums_retention_days``
 stats        hash    ``{ns}:stats:<workflow>:<stage>:<day>``  35 days after the last write
 evidence     hash    ``{ns}:evidence:<workflow>:<stage>``, ``{ns}:evidence:<workflow>``, ``{ns}:evidence``

@@ -1,12 +1,16 @@
 import json
 import re
 import socket
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from redis import Redis
 
+from attune_worker.app import make_app
 from attune_worker.client import Client
-from attune_worker.doctor import versions
+from attune_worker.doctor import installation, state, versions
+from attune_worker.doctor.providers import Reply, judged
+from attune_worker.doctor.transport import redelivery
 from attune_worker.jobs import Job
 from attune_worker.settings import Settings
 from attune_worker.store.embedded import EmbeddedRedis
@@ -48,8 +52,8 @@ def test_a_healthy_fleet_has_nothing_to_mend(doctor, settings):
     leases.close()
     assert {level for level, _, _ in found.values()} == {"ok"}
     assert set(found) == {
-        "settings", "providers", "prices", "redis", "version", "eviction", "durability", "latency", "clock", "jobs",
-        "workers", "broker",
+        "python", "packages", "settings", "providers", "prices", "provider", "redis", "version", "eviction",
+        "durability", "latency", "clock", "jobs", "workers", "broker", "redelivery",
     }  # fmt: skip
     assert "host:1:aaaa" in found["workers"][1]
     assert "can be called from here: anthropic, openai" in found["providers"][1]
@@ -57,8 +61,9 @@ def test_a_healthy_fleet_has_nothing_to_mend(doctor, settings):
 
 def test_what_the_doctor_says_holds_no_secret(invoke, environ):
     """Versions and settings are told with where they come from, keys and passwords are not."""
-    ran = invoke("doctor", PROVIDERS__ANTHROPIC__API_KEY="sk-hush-hush", USER_HASH_KEY="pepper-hush")
-    told = invoke("doctor", "--json", PROVIDERS__ANTHROPIC__API_KEY="sk-hush-hush", USER_HASH_KEY="pepper-hush")
+    secrets = {"PROVIDERS__ANTHROPIC__API_KEY": "sk-hush-hush", "USER_HASH_KEY": "pepper-hush"}
+    ran = invoke("doctor", code=1, **secrets)
+    told = invoke("doctor", "--json", code=1, **secrets)
     password = environ["ATTUNE_REDIS_URL"].split(":")[2].split("@")[0]
     for text in (ran.output, told.output):
         assert not any(secret in text for secret in (API_KEY, password, "hush"))
@@ -205,3 +210,152 @@ def test_providers_without_keys_and_models_without_prices_are_warnings(doctor, t
     level, text, fix = doctor(**nobody)["providers"]
     assert (level, "ANTHROPIC_API_KEY" in fix) == ("warning", True)
     assert text == "can be called from here: none; without a key: anthropic, google, openai"
+
+
+@pytest.fixture
+def asked(invoke):
+    """Return a function that asks the doctor, and returns level and text of what it found of each provider."""
+
+    def ask(*options, code=0, **overrides):
+        told = json.loads(invoke("doctor", "--json", *options, code=code, **overrides).stdout)
+        found = [one for one in told["findings"] if one["check"] == "provider"]
+        return {one["text"].split()[0]: (one["level"], one["text"]) for one in found}
+
+    return ask
+
+
+def replying(head, body=b""):
+    """Return what makes a ``RawServer`` give that answer."""
+    return lambda connection: connection.sendall(
+        f"HTTP/1.1 {head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+    )
+
+
+def test_a_provider_is_asked_for_its_models_and_nothing_else(asked, simulator):
+    """That starts no call and costs nothing; each provider that has a key is asked, and no other."""
+    found = asked()
+    assert set(found) == {"anthropic", "openai"}
+    for name, (level, text) in found.items():
+        assert level == "ok"
+        assert re.fullmatch(rf"{name} answers in \d+ ms and takes the key", text)
+    assert simulator.requests()["requests"] == []
+
+
+def test_offline_no_provider_is_contacted(asked, raw_server):
+    """Keys and prices are told all the same."""
+    server = raw_server(replying("200 OK", b"{}"))
+    assert asked("--offline", PROVIDERS__ANTHROPIC__BASE_URL=server.url) == {}
+    assert server.received == []
+
+
+def test_a_key_that_is_refused_is_a_failure(asked, invoke):
+    """Its calls would fail: exit code 1."""
+    changed = {"PROVIDERS__OPENAI__API_KEY": "sk-wrong"}
+    assert asked(code=1, **changed)["openai"] == ("failed", "openai refuses the key, so its calls fail (401)")
+    assert "Renew the key" in invoke("doctor", code=1, **changed).output
+
+
+def test_a_provider_that_is_away_is_a_warning_while_another_answers(asked):
+    """Jobs go to the other; without any the exit code is 3."""
+    away = f"http://127.0.0.1:{closed_port()}"
+    level, text = asked(PROVIDERS__OPENAI__BASE_URL=f"{away}/v1")["openai"]
+    assert (level, text.startswith(f"openai does not answer at {away}/v1: no connection")) == ("warning", True)
+    found = asked(code=3, PROVIDERS__OPENAI__BASE_URL=away, PROVIDERS__ANTHROPIC__BASE_URL=away)
+    assert {level for level, _ in found.values()} == {"unreachable"}
+
+
+def test_a_provider_that_never_answers_is_given_up(asked, raw_server, until):
+    """The doctor waits for a few seconds, and says so."""
+    open_ends = []
+    deaf = raw_server(lambda connection: open_ends.append(connection.dup()))
+    found = asked(code=3, PROVIDERS__OPENAI__BASE_URL=deaf.url, PROVIDERS__ANTHROPIC__BASE_URL=deaf.url)
+    assert {text.partition(": ")[2] for _, text in found.values()} == {"no complete answer in time (ReadTimeout)"}
+    until(lambda: len(open_ends) == 2)
+    for end in open_ends:
+        end.close()
+
+
+def test_the_key_goes_to_the_base_url_and_nowhere_else(asked, raw_server):
+    """A redirect is not followed, and told."""
+    other = raw_server(replying("200 OK", b"{}"))
+    first = raw_server(replying(f"302 Found\r\nlocation: {other.url}/v1/models"))
+    level, text = asked(PROVIDERS__ANTHROPIC__BASE_URL=first.url)["anthropic"]
+    assert (level, text) == ("warning", "anthropic points elsewhere (302), and calls follow nobody")
+    assert b"GET /v1/models HTTP/1.1" in first.received[0]
+    assert API_KEY.encode() in first.received[0]
+    assert other.received == []
+
+
+def test_what_a_provider_says_is_not_shown(asked, invoke, raw_server):
+    """Some repeat the key in their answer."""
+    parrot = raw_server(replying("500 Oops", f"you sent {API_KEY}".encode()))
+    changed = {"PROVIDERS__ANTHROPIC__BASE_URL": parrot.url}
+    assert asked(**changed)["anthropic"] == ("warning", "anthropic answers with an error (500)")
+    assert API_KEY not in invoke("doctor", **changed).output
+
+
+def test_the_proxy_is_honoured(asked, raw_server):
+    """Providers are asked through it, as in calls, and its password is not told."""
+    proxy = raw_server(replying("407 Proxy Authentication Required"))
+    found = asked(HTTP__PROXY=proxy.url.replace("://", "://me:hush@"), PROVIDERS__OPENAI__BASE_URL="http://o.test/v1")
+    assert found["openai"] == ("warning", "openai is behind a proxy that wants a password (407)")
+    assert any(request.startswith(b"GET http://o.test/v1/models HTTP/1.1") for request in proxy.received)
+    away = f"http://me:hush@127.0.0.1:{closed_port()}"
+    _, text = asked(code=3, HTTP__PROXY=away)["openai"]
+    assert "me:***@" in text
+    assert "hush" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "words"),
+    [
+        ({"status": 200, "key_sent": False}, "ok", "answers in 12 ms"),
+        ({"status": 401, "key_sent": False}, "failed", "wants a key"),
+        ({"status": 402}, "failed", "wants to be paid"),
+        ({"status": 403}, "warning", "may be allowed"),
+        ({"status": 404}, "warning", "no list of models"),
+        ({"status": 429}, "warning", "limit is used up"),
+        ({"status": 503}, "warning", "answers with an error (503)"),
+        ({"status": 404, "key_sent": False, "lists_models": False}, "ok", "no way to try the key"),
+    ],
+)
+def test_each_answer_of_a_provider_has_its_meaning(changes, level, words):
+    """Each that asks for something says what to do."""
+    reply = {"provider": "own", "place": "http://own.test", "key_sent": True, "lists_models": True, "ms": 12.3}
+    [found] = judged([Reply(**reply | changes)])
+    assert (found.level, words in found.text, bool(found.fix)) == (level, True, level != "ok")
+
+
+def test_a_clock_that_is_off_is_a_warning_from_a_minute_on():
+    """It does no harm to jobs; logs mislead."""
+    assert [state.clock(ahead).level for ahead in (0.0, -59.9, 59.9)] == ["ok"] * 3
+    late = state.clock(-3600.5)
+    assert (late.level, late.text.startswith("this machine is 3600.500 s behind Redis")) == ("warning", True)
+    assert "no job suffers" in late.text
+
+
+def test_no_visibility_timeout_bears_on_a_job(settings):
+    """Messages are acknowledged early; were they not, a timeout shorter than a job would send it twice."""
+    with make_app(settings) as app:
+        assert redelivery(app, 10_000.0).level == "ok"
+        app.conf.task_acks_late = True
+        assert redelivery(app, 300.0).level == "ok"
+        assert "it would be sent twice" in redelivery(app, 3600.0).text
+        app.conf.broker_transport_options = {"visibility_timeout": 60}
+        assert redelivery(app, 300.0).level == "warning"
+
+
+def test_an_installation_that_does_not_fit_is_a_warning():
+    """A Python that nobody tried, and packages that are missing, too old or too new."""
+    assert installation.python("3.12.4", ["3.11", "3.12"]).level == "ok"
+    assert installation.python("3.19.0", ["3.11", "3.12"]).fix == "Run it with Python 3.12."
+
+    def installed(name):
+        if name == "gone":
+            raise PackageNotFoundError(name)
+        return "5.8.0"
+
+    needs = ["celery[redis]<5.8,>=5.7", "gone>=1", "click>=5,<6", 'mypy>=9; extra == "dev"']
+    found = installation.packages(needs, installed)
+    assert found.level == "warning"
+    assert found.text == "celery is 5.8.0 and should be <5.8,>=5.7; gone is missing"

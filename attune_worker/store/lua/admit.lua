@@ -10,9 +10,11 @@
 --       call), rules (see breaker.lua), candidates: [{ref, want (see limits.lua), estimate_nano,
 --       budgets: [{key: place among the budgets, want (see budget.lua)}], intent: names and values of the fields that
 --       the call can be settled by where its worker cannot do it any more (see intent.py)}]}
--- Returns {'admitted', place of the candidate from 0, now_ms, admitted_ms}
+-- Returns {'admitted', place of the candidate from 0, now_ms, admitted_ms, 'tier' | 'provider' (the circuit that the call
+--      probes) or '', refusals of the candidates before it, as below}
 --      or {'settled'} when the call has been settled already, or its worker was found dead
---      or {'refused', now_ms, {'wait' | 'budget', retry_at_ms, reason, left_nano or ''} for each candidate}
+--      or {'refused', now_ms, {'wait' | 'budget', retry_at_ms, reason, left_nano, or 'provider' where it is the provider's
+--      own circuit, or '', place of the budget, or -1} for each candidate}
 -- TTL   call: none while it is open, because what it has reserved can only be settled by it; SETTLE sets one. The job's
 --       calls: 63 days, as budgets have, until SETTLE sets another
 local request = cjson.decode(ARGV[1])
@@ -27,7 +29,7 @@ local first_budget = first_candidate - 1 + #request.candidates * KEYS_PER_CANDID
 local state, place, admitted_ms = unpack(read(KEYS[1], 'state', 'place', 'admitted_ms'))
 place = number(place, -1)
 if state == 'open' and place >= 0 and place < #request.candidates then
-  return { 'admitted', place, now, number(admitted_ms, now) }
+  return { 'admitted', place, now, number(admitted_ms, now), '', {} }
 elseif state == 'settled' or state == 'orphaned' then
   return { 'settled' }
 end
@@ -62,7 +64,7 @@ local function look(candidate, base)
     end
     if not part.allowed and (not looked.refusal or part.retry_at > looked.retry_at) then
       looked.retry_at = part.retry_at
-      looked.refusal = { 'wait', integer(part.retry_at), part.reason, '', -1 }
+      looked.refusal = { 'wait', integer(part.retry_at), part.reason, part == looked.provider and 'provider' or '', -1 }
     end
   end
   return looked
@@ -94,7 +96,8 @@ for index, candidate in ipairs(request.candidates) do
       redis.call('RPUSH', KEYS[5], request.call)
       redis.call('EXPIRE', KEYS[5], JOB_CALLS_S)
     end
-    return { 'admitted', index - 1, now, now }
+    local probes = looked.circuit.probe and 'tier' or looked.provider.probe and 'provider' or ''
+    return { 'admitted', index - 1, now, now, probes, refusals }
   end
   refusals[index] = looked.refusal
   if looked.retry_at and (not soonest or looked.retry_at < soonest.retry_at) then

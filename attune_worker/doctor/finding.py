@@ -1,0 +1,30 @@
+"""What can be found of a fleet, and how bad is it?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Level(StrEnum):
+    """What a finding means.
+
+    ``unknown``: it could not be found out. ``warning``: something should be done. ``failed``: jobs or money can be
+    lost. ``unreachable``: a service does not answer.
+    """
+
+    OK = "ok"
+    UNKNOWN = "unknown"
+    WARNING = "warning"
+    FAILED = "failed"
+    UNREACHABLE = "unreachable"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; ``fix`` says what to do where something is to be done."""
+
+    check: str
+    level: Level
+    text: str
+    fix: str = ""

@@ -27,9 +27,10 @@ DAY_MS = 86_400_000
 FIRST_BUDGET = 16
 """Where the budgets begin among SETTLE's keys."""
 
-SETTLED_SECONDS = 3600
+SETTLED_SECONDS = 600
 """How long a settled call is known at least. A settlement whose answer was lost in an outage is sent again when Redis
-answers, and one of a worker that was frozen arrives later still: a call that was forgotten would be counted twice."""
+answers; by its age it is known for one even later. But a call without an intent may be one whose intent a failover has
+lost: it counts if it was allowed no longer ago than this."""
 
 Charged = Sequence[tuple[BudgetKey, ...]]
 """The budgets that each candidate's call would count against."""
@@ -123,7 +124,7 @@ class Wire:
             ),
             "limits": self._for_limits(permit, outcome),
             "budgets": [one.settled("", worst_nano or 0, cost_nano) for one in permit.budgets],
-        } | told(cost_nano=cost_nano)
+        } | told(cost_nano=cost_nano, intent_ms=(permit.own_generation is None and permit.admitted_ms) or None)
         if outcome.outcome != "released":
             fields["call_of"] = told(
                 ref=model.ref,

@@ -30,7 +30,7 @@ slots        zset    ``{ns}:slots:<provider>``          a day after the last wri
                                                         the end of its call's lease, its score (ms)
 budget       hash    ``{ns}:budget:<tenant>:<workflow>:<provider>:<per>``  63 days after the last write
 call         hash    ``{ns}:call:<id>``                 none while it is under way; then ``retention_seconds``,
-                                                        at least an hour: until then a second settlement is
+                                                        at least ten minutes: until then a second one is
                                                         known for one
 calls        zset    ``{ns}:calls``                     none: it shows calls whose worker died, and they
                                                         must not vanish; an entry leaves when its call

@@ -520,8 +520,8 @@ def test_every_key_but_the_index_of_open_calls_ends_by_itself(
     assert {key for key in state(redis, limited) if redis.ttl(key) < 0} <= endless - {keys.call(taken.call_id).encode()}
 
 
-@pytest.mark.parametrize(("retention_seconds", "kept_seconds"), [(1, 3600), (100_000, 100_000)])
-def test_settled_call_is_known_for_an_hour_at_least(
+@pytest.mark.parametrize(("retention_seconds", "kept_seconds"), [(1, 600), (100_000, 100_000)])
+def test_settled_call_is_known_for_ten_minutes_at_least(
     settings: Settings, ask: Ask, redis: Any, retention_seconds: int, kept_seconds: int
 ) -> None:
     """However short results are kept: a settlement that arrives again after an outage counts once."""
@@ -531,6 +531,20 @@ def test_settled_call_is_known_for_an_hour_at_least(
     admission.settle(taken, DONE)
     for key in (keys.call(taken.call_id), keys.job_calls("job-1")):
         assert kept_seconds - 60 < redis.ttl(key) <= kept_seconds
+    admission.close()
+
+
+@pytest.mark.parametrize(("ago_seconds", "counted"), [(500, 1), (700, 0)])
+def test_settlement_of_a_call_that_is_forgotten_counts_once(
+    settings: Settings, ask: Ask, redis: Any, ago_seconds: int, counted: int
+) -> None:
+    """What was settled and has gone since is known by its age; younger, its intent was lost and it still counts."""
+    admission, keys = Admission(settings.model_copy(update={"retention_seconds": 1})), FleetKeys(settings.namespace)
+    taken = permit(admission, ask())
+    taken = replace(taken, admitted_ms=taken.admitted_ms - ago_seconds * 1000)
+    redis.delete(keys.call(taken.call_id))
+    admission.settle(taken, DONE)
+    assert redis.xlen(keys.ledger) == counted
     admission.close()
 
 

@@ -1,6 +1,7 @@
 -- SETTLE: what a call did, written once however often it arrives: ledger, breaker, limits, budgets and telemetry.
 -- A call without an intent (it was made while Redis was away) is charged in full and counts all the same. One that
--- ended a while ago tells nothing of now: see `age` below.
+-- ended a while ago tells nothing of now: see `age` below. One whose intent has gone and was written longer ago than a
+-- settled call is known was settled before: an open one is never forgotten.
 -- A call whose worker died is settled as orphaned by another: its place is free, and what was reserved counts as spent.
 -- If the worker tells after all what the call did, that corrects it, once.
 --
@@ -9,7 +10,8 @@
 --       11 evidence of the workflow  12 evidence of the fleet  13 stages  14 ledger  15 costs of the day
 --       16 the job's calls; then the budgets
 -- ARGV  1 JSON: {call, ref, kept_s, outcome: succeeded | failed | released (the call was never made) | orphaned,
---       ended_ms (when it ended, by this clock), names (provider and tier as JSON), rules, result (see breaker.lua),
+--       ended_ms (when it ended, by this clock), intent_ms (when its intent was written; absent: it has none, or it is
+--       not known), names (provider and tier as JSON), rules, result (see breaker.lua),
 --       limits (see limits.lua), budgets: [{per, limit_nano, reserved_nano, cost_nano}], cost_nano, call_of (what
 --       telemetry.lua counts; absent when released or orphaned), kept: names and values of further fields of the call,
 --       for its job's history, sums: {group, estimate_nano, input, output} and
@@ -35,7 +37,8 @@ local state, ref, generation, probed, tokens, windows, admitted_ms =
   unpack(read(KEYS[1], 'state', 'ref', 'generation', 'probed', 'tokens', 'windows', 'admitted_ms'))
 local outcome, was_orphaned = request.outcome, state == 'orphaned'
 local orphaned = outcome == 'orphaned'
-if state == 'settled' or (orphaned and state ~= 'open') then
+local forgotten = not state and now - number(request.intent_ms, now) > 1000 * request.kept_s
+if state == 'settled' or forgotten or (orphaned and state ~= 'open') then
   return { 'again', '', {}, '' }
 end
 local admitted = state == 'open' or was_orphaned

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from attune_worker.jobs import Usage as Usage
     from attune_worker.models.adaptive import AdaptiveModelRouter as AdaptiveModelRouter
     from attune_worker.models.breaker import CircuitBreaker as CircuitBreaker
+    from attune_worker.models.estimation import Estimate as Estimate
     from attune_worker.models.executor import EmpathyLLMExecutor as EmpathyLLMExecutor
     from attune_worker.models.executor import ExecutionContext as ExecutionContext
     from attune_worker.models.executor import LLMResponse as LLMResponse
@@ -57,6 +58,7 @@ _HOME = {
     "jobs": ("Attempt", "AuthMode", "Job", "JobResult", "JobStatus", "Message", "ModelTier", "Usage"),
     "models.adaptive": ("AdaptiveModelRouter",),
     "models.breaker": ("CircuitBreaker",),
+    "models.estimation": ("Estimate",),
     "models.executor": ("EmpathyLLMExecutor", "ExecutionContext", "LLMResponse"),
     "models.pricing": ("get_pricing_for_model",),
     "models.registry": ("ModelInfo", "get_all_models", "get_model"),

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from celery import Celery
 from pydantic import SecretStr
@@ -26,6 +26,9 @@ from attune_worker.store.records import Acceptance, Records
 from attune_worker.submission import Submission
 from attune_worker.telemetry.store import Telemetry
 from attune_worker.wake_ups import BATCH, send_wake_ups
+
+if TYPE_CHECKING:
+    from attune_worker.models.estimation import Estimate, Estimator
 
 T = TypeVar("T")
 
@@ -106,6 +109,18 @@ class Client:
         """Return the job, or raise ``InvalidJobError`` if it could not be submitted; writes nothing."""
         return self._submission.prepare([job])[0][1]
 
+    def estimate(self, job: Mapping[str, Any] | Job | str, prompt: str | None = None, **fields: Any) -> Estimate:
+        """Return what a job should cost with each model, and at most, before it is submitted; writes nothing.
+
+        ``job`` is a ``Job``, its fields, or a task type, with prompt and fields as for ``submit``. Raises
+        ``InvalidJobError`` as ``submit`` does. The first call loads prices and provider code.
+        """
+        if isinstance(job, str):
+            job = {"task_type": job, **({} if prompt is None else {"prompt": prompt}), **fields}
+        elif prompt is not None or fields:
+            raise TypeError("estimate() takes a prompt and fields with a task type, not beside a whole job")
+        return self._estimator.estimate(self.check(job))
+
     def get(self, job_id: str) -> JobHandle:
         """Return the handle of a job that was submitted before, here or elsewhere."""
         return JobHandle(job_id, self)
@@ -168,6 +183,8 @@ class Client:
         self.inbox.close()
         self.records.close()
         self._telemetry.close()
+        if "_estimator" in vars(self):
+            self._estimator.close()
 
     def __enter__(self) -> Self:
         return self
@@ -178,6 +195,12 @@ class Client:
     @cached_property
     def _app(self) -> Celery:
         return make_app(self.settings)
+
+    @cached_property
+    def _estimator(self) -> Estimator:
+        from attune_worker.models.estimation import Estimator
+
+        return Estimator(self.settings)
 
 
 class JobHandle:
@@ -225,6 +248,10 @@ class AsyncClient:
         """As ``Client.submit_many``."""
         handles = await self._call(lambda: self._client.submit_many(jobs))
         return [AsyncJobHandle(handle.id, self) for handle in handles]
+
+    async def estimate(self, job: Mapping[str, Any] | Job | str, prompt: str | None = None, **fields: Any) -> Estimate:
+        """As ``Client.estimate``."""
+        return await self._call(lambda: self._client.estimate(job, prompt, **fields))
 
     async def get(self, job_id: str) -> AsyncJobHandle:
         """As ``Client.get``."""

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from redis.exceptions import ResponseError
 
 from attune_worker.budget import usd_of
+from attune_worker.jobs import NANO_USD
 from attune_worker.settings import Settings
 from attune_worker.store.connection import RedisClient, close_idle, connect, reaching
 from attune_worker.store.keys import FleetKeys, part
@@ -34,7 +35,10 @@ OUTCOMES = ("succeeded", "failed", "orphaned", "released")
 _PAGE = 1000
 _SCAN = 5000
 _TEXTS = ("call", "job", "workflow", "stage", "provider", "model", "tier", "mode")
-_COUNTS = ("cost_nano", "estimate_nano", "input", "output", "cache_read", "cache_write", "latency_ms", "status")
+_COUNTS = (
+    *("cost_nano", "estimate_nano", "expected_nano", "input", "output", "cache_read", "cache_write"),
+    *("latency_ms", "status"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +47,8 @@ class LedgerRecord:
 
     ``outcome``: succeeded; failed; orphaned (its worker died before it said what the call did); released (a call
     taken for orphaned was never made). ``cost_usd`` is None where it is not known; then ``estimate_usd``, the most
-    that the call could cost (None: no price is known), is what budgets count. ``time`` is when the call was admitted,
+    that the call could cost (None: no price is known), is what budgets count. ``expected_usd`` is what it should have
+    cost, going by the calls before it. ``time`` is when the call was admitted,
     ``written`` when the record was. ``corrects_orphan``: it takes the place of an earlier record of the same call.
     ``request_id`` is the provider's, ``status`` that of the HTTP answer of a call that failed.
     """
@@ -71,6 +76,7 @@ class LedgerRecord:
     time: datetime
     written: datetime
     corrects_orphan: bool = False
+    expected_usd: Decimal | None = None
 
     @property
     def uncertain(self) -> bool:
@@ -110,7 +116,32 @@ class LedgerRecord:
             time=_moment(admitted_ms),
             written=written,
             corrects_orphan=corrects_orphan,
+            expected_usd=_usd(counts["expected_nano"]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What calls cost, held against what was expected before each of them.
+
+    They are those that succeeded and whose cost is known. ``off_usd`` adds up by how much each estimate was off,
+    whichever way.
+    """
+
+    calls: int = 0
+    expected_usd: Decimal = Decimal(0)
+    actual_usd: Decimal = Decimal(0)
+    off_usd: Decimal = Decimal(0)
+
+    @property
+    def ratio(self) -> float | None:
+        """Actual cost by expected cost; None: nothing can be compared."""
+        return float(self.actual_usd / self.expected_usd) if self.expected_usd else None
+
+    @property
+    def mean_off_usd(self) -> Decimal | None:
+        """By how much the estimate of a call was off on average; None: there was none."""
+        return (self.off_usd / self.calls).quantize(NANO_USD) if self.calls else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +150,7 @@ class CostRow:
 
     ``cost_usd`` is what is known, to the nano-dollar. ``unknown_calls`` may have cost something besides, at most
     ``unknown_usd`` together, and ``orphaned_calls``, whose workers died, ``orphaned_usd``; ``unpriced_calls`` of both
-    have no known price, and are in neither amount.
+    have no known price, and are in neither amount. ``compared`` holds what calls cost against what was expected.
     """
 
     keys: Mapping[str, str | None]
@@ -132,6 +163,7 @@ class CostRow:
     unpriced_calls: int
     input_tokens: int
     output_tokens: int
+    compared: Comparison = Comparison()
 
 
 class Ledger:
@@ -170,19 +202,34 @@ class Ledger:
             raise ValueError(f"costs are grouped by {', '.join(('day', *DIMENSIONS))}, over 1 day or more")
         found: dict[tuple[str | None, ...], _Sums] = {} if by else {(): _Sums()}
         with reaching(self._settings):
-            seconds, _ = self._redis.time()
-            today = datetime.fromtimestamp(seconds, UTC)
-            for back in reversed(range(min(days, self._settings.ledger.sums_retention_days))):
-                day = today - timedelta(days=back)
-                for group, name, count in self._sums(f"{day:%Y%m%d}"):
-                    names = {"day": f"{day:%Y-%m-%d}", **dict(zip(DIMENSIONS, group, strict=True))}
-                    found.setdefault(tuple(names[one] for one in by), _Sums()).add(name, count)
+            for day, group, name, count in self._days(days):
+                names = {"day": day, **dict(zip(DIMENSIONS, group, strict=True))}
+                found.setdefault(tuple(names[one] for one in by), _Sums()).add(name, count)
         ranked = sorted(found.items(), key=lambda row: tuple((name is not None, name or "") for name in row[0]))
         return [sums.row(dict(zip(by, names, strict=True))) for names, sums in ranked]
+
+    def compared(self, workflow: str, days: int) -> dict[str, Comparison]:
+        """Return, for each ``provider/model`` of a workflow, how far estimates were off in the last ``days`` days."""
+        found: dict[str, _Sums] = {}
+        with reaching(self._settings):
+            for _, group, name, count in self._days(days, f"*:{part(workflow)}:*:*:*:*|*"):
+                names = dict(zip(DIMENSIONS, group, strict=True))
+                found.setdefault(f"{names['provider']}/{names['model']}", _Sums()).add(name, count)
+        compared = {ref: sums.compared() for ref, sums in found.items()}
+        return {ref: one for ref, one in compared.items() if one.calls}
 
     def close(self) -> None:
         """Give the connections back."""
         close_idle(self._redis)
+
+    def _days(self, days: int, match: str | None = None) -> Iterator[tuple[str, Sequence[str | None], str, int]]:
+        """Yield the last days, oldest first, with each group's names and one of its counters."""
+        seconds, _ = self._redis.time()
+        today = datetime.fromtimestamp(seconds, UTC)
+        for back in reversed(range(min(days, self._settings.ledger.sums_retention_days))):
+            day = today - timedelta(days=back)
+            for group, name, count in self._sums(f"{day:%Y%m%d}", match):
+                yield f"{day:%Y-%m-%d}", group, name, count
 
     def _entries(self, since: datetime | None, until: datetime | None) -> Iterator[tuple[bytes, Mapping[bytes, bytes]]]:
         start = "-" if since is None else _ms(since)
@@ -203,12 +250,12 @@ class Ledger:
                 return
             start = f"({page[-1][0].decode()}"
 
-    def _sums(self, day: str) -> Iterator[tuple[Sequence[str | None], str, int]]:
-        """Yield each group's names, and one of its counters."""
+    def _sums(self, day: str, match: str | None) -> Iterator[tuple[Sequence[str | None], str, int]]:
+        """Yield each group's names, and one of its counters; of the fields that ``match``, where that is given."""
         key = self._keys.costs(day)
         fields: dict[bytes, bytes] = {}
         try:
-            fields.update(self._redis.hscan_iter(key, count=_SCAN))  # a scan may meet a field twice
+            fields.update(self._redis.hscan_iter(key, match, count=_SCAN))  # a scan may meet a field twice
         except ResponseError as error:
             if not str(error).startswith("WRONGTYPE"):
                 raise
@@ -226,7 +273,10 @@ def latest(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
     return [record for record in by_call.values() if record.outcome != "released"]
 
 
-_SUMS = ("calls", "cost_nano", "unknown", "unknown_nano", "orphaned", "orphaned_nano", "unpriced", "input", "output")
+_SUMS = (
+    *("calls", "cost_nano", "unknown", "unknown_nano", "orphaned", "orphaned_nano", "unpriced", "input", "output"),
+    *("compared", "expected_nano", "compared_nano", "off_nano"),
+)
 
 
 @dataclass(slots=True)
@@ -251,6 +301,13 @@ class _Sums:
             unpriced_calls=sums["unpriced"],
             input_tokens=sums["input"],
             output_tokens=sums["output"],
+            compared=self.compared(),
+        )
+
+    def compared(self) -> Comparison:
+        sums = self.counters
+        return Comparison(
+            sums["compared"], usd_of(sums["expected_nano"]), usd_of(sums["compared_nano"]), usd_of(sums["off_nano"])
         )
 
 

@@ -383,6 +383,38 @@ def test_broker_that_is_down_leaves_the_job_recorded(environ: dict[str, str]) ->
         assert client.submit("summarize", "?", idempotency_key="k").id == job_id
 
 
+def test_a_job_is_estimated_before_it_is_submitted(client: Client, redis: Redis, settings: Settings) -> None:
+    """Whichever way it is given; nothing is written, and what could not be submitted is refused."""
+    fields = {"task_type": "summarize", "prompt": "word " * 100, "max_tokens": 64}
+    found = client.estimate("summarize", "word " * 100, max_tokens=64)
+    assert found == client.estimate(fields) == client.estimate(Job.parse(fields))
+    assert found.first is not None
+    assert (found.first.input_tokens, found.first.output_tokens) == (125, 64)
+    assert found.expected_usd is not None
+    with pytest.raises(InvalidJobError, match="max_tokens"):
+        client.estimate("summarize", "?", max_tokens=0)
+    with pytest.raises(TypeError, match="beside a whole job"):
+        client.estimate(fields, max_tokens=7)
+    assert written(redis, settings) == []
+
+
+async def estimated(settings: Settings) -> Any:
+    async with AsyncClient(settings) as client:
+        return await client.estimate("summarize", "word " * 100, max_tokens=64)
+
+
+def test_an_estimate_is_the_same_when_it_is_awaited(client: Client, settings: Settings) -> None:
+    """The async client has the signature of the blocking one."""
+    assert asyncio.run(estimated(settings)) == client.estimate("summarize", "word " * 100, max_tokens=64)
+
+
+def test_without_redis_there_is_no_estimate(settings: Settings) -> None:
+    """A guess that looks like knowledge is worse than an error."""
+    values = settings.model_dump() | {"redis_url": "redis://127.0.0.1:1/0"}
+    with Client(Settings(**values)) as away, pytest.raises(ServiceUnavailableError):
+        away.estimate("summarize", "?")
+
+
 def test_importing_the_client_loads_no_http_client_and_no_provider(environ: dict[str, str]) -> None:
     """A web backend that only submits jobs stays light; submitting loads none either."""
     code = """

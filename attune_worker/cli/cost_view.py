@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from attune_worker.cli.output import Column, Rows, counted, print_fitting, say, usd
 from attune_worker.ledger import CostRow
 from attune_worker.reconcile import Difference, Reconciliation, Uncertain
+
+if TYPE_CHECKING:
+    from attune_worker.models.savings import Savings
 
 
 def print_report(on: Console, rows: Sequence[CostRow], total: CostRow, by: Sequence[str], title: str) -> None:
@@ -23,6 +27,43 @@ def print_report(on: Console, rows: Sequence[CostRow], total: CostRow, by: Seque
         say(on, f"orphaned, their workers lost: {counted(total.orphaned_calls, 'call')}, at most ${amount} more")
     if total.unpriced_calls:
         say(on, f"of these without a known price, and in neither amount: {counted(total.unpriced_calls, 'call')}")
+    if total.compared.calls:
+        compared = total.compared
+        say(
+            on,
+            f"expected of {counted(compared.calls, 'call')}: ${usd(compared.expected_usd)}; they cost "
+            f"${usd(compared.actual_usd)}, {_signed(percent_off(total))}; off by ${usd(compared.mean_off_usd)} a call",
+        )
+
+
+def print_savings(on: Console, saved: Savings) -> None:
+    """Print what the same tokens would have cost at a premium model."""
+    if saved.calls:
+        share = "" if saved.saved_percent is None else f" ({saved.saved_percent:.1f}%)"
+        say(
+            on,
+            f"all at {saved.provider}/{saved.model_id}, {counted(saved.calls, 'call')}: ${usd(saved.premium_usd)} "
+            f"instead of ${usd(saved.cost_usd)}; saved ${usd(saved.saved_usd)}{share}",
+        )
+    if saved.left_out_calls:
+        say(on, f"left out of that, without a known price: {counted(saved.left_out_calls, 'call')}")
+    if saved.subscription_calls:
+        without = f", {counted(saved.subscription_unpriced_calls, 'call')} without a known price"
+        say(
+            on,
+            f"by subscription: {counted(saved.subscription_calls, 'call')}, by the token "
+            f"${usd(saved.subscription_api_usd)}{without if saved.subscription_unpriced_calls else ''}",
+        )
+
+
+def percent_off(row: CostRow) -> float | None:
+    """Return by how many percent calls cost more than was expected, negative for less; None: nothing to compare."""
+    ratio = row.compared.ratio
+    return None if ratio is None else round(100 * (ratio - 1), 1)
+
+
+def _signed(percent: float | None) -> str:
+    return "" if percent is None else f"{percent:+.1f}%"
 
 
 def _table(rows: Sequence[CostRow], by: Sequence[str], total: CostRow, title: str) -> Rows:
@@ -35,8 +76,12 @@ def _table(rows: Sequence[CostRow], by: Sequence[str], total: CostRow, title: st
         shown.append((Column("unknown", right=True), lambda row: _at_most(row.unknown_calls, row.unknown_usd)))
     if total.orphaned_calls:
         shown.append((Column("orphaned", right=True), lambda row: _at_most(row.orphaned_calls, row.orphaned_usd)))
-    shown.append((Column("tokens in", 1, right=True), lambda row: f"{row.input_tokens:,}"))
-    shown.append((Column("tokens out", 1, right=True), lambda row: f"{row.output_tokens:,}"))
+    if total.compared.calls:
+        shown.append((Column("expected", 1, right=True), lambda row: usd(row.compared.expected_usd)))
+        shown.append((Column("actual", 2, right=True), lambda row: usd(row.compared.actual_usd)))
+        shown.append((Column("off", 1, right=True), lambda row: _signed(percent_off(row))))
+    shown.append((Column("tokens in", 3, right=True), lambda row: f"{row.input_tokens:,}"))
+    shown.append((Column("tokens out", 3, right=True), lambda row: f"{row.output_tokens:,}"))
     names = [[row.keys[name] or "(none)" for name in by] for row in rows]
     return Rows(
         [*(Column(name) for name in by), *(column for column, _ in shown)],

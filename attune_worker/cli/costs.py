@@ -1,4 +1,4 @@
-"""``attune-worker costs``: what did the calls cost, and does the provider's invoice say the same?"""
+"""``attune-worker costs``: what did the calls cost, what will they, and does the provider's invoice say the same?"""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from attune_worker.cli.cost_view import print_reconciled, print_report
+from attune_worker.cli.cost_view import percent_off, print_reconciled, print_report, print_savings
+from attune_worker.cli.estimate import estimate
 from attune_worker.cli.output import (
     console,
     counted,
@@ -27,9 +28,12 @@ from attune_worker.cli.output import (
 from attune_worker.cli.printable import printable
 from attune_worker.errors import ConfigurationError
 from attune_worker.invoices import COLUMNS, read_invoice
-from attune_worker.ledger import DIMENSIONS, Ledger, LedgerRecord
+from attune_worker.ledger import DIMENSIONS, CostRow, Ledger, LedgerRecord
 from attune_worker.reconcile import reconcile
 from attune_worker.settings import get_settings
+
+if TYPE_CHECKING:
+    from attune_worker.models.savings import Savings
 
 FIELDS = tuple(one.name for one in fields(LedgerRecord))
 
@@ -72,10 +76,13 @@ _until = click.option("--until", type=Moment(), help="Only calls recorded before
 
 @click.group()
 def costs() -> None:
-    """See what calls cost, export their records, and hold them against an invoice.
+    """See what calls cost and what they would, export their records, and hold them against an invoice.
 
     Example: attune-worker costs report --days 30 --by tenant,model
     """
+
+
+costs.add_command(estimate)
 
 
 @costs.command()
@@ -92,17 +99,38 @@ def costs() -> None:
 def report(days: int, by: list[str], as_json: bool) -> None:
     """Show what the calls of the last days cost. What is not known for certain stands beside, never in the sum.
 
+    Beside it is what had been expected of them, and what the same tokens would have cost at a premium model.
+
     Example: attune-worker costs report --days 30 --by tenant,model
     """
     with closing(Ledger(get_settings())) as ledger:
         rows = ledger.report(days, by)
         (total,) = ledger.report(days) if by else rows
+        saved = _savings(ledger, days) if total.calls else None
     if as_json:
-        print_json({"days": days, "by": by, "rows": list(map(asdict, rows)), "total": asdict(total)})
+        shown = {"days": days, "by": by, "rows": list(map(_row, rows)), "total": _row(total)}
+        print_json({**shown, "savings": None if saved is None else asdict(saved)})
     elif not total.calls:
         click.echo(f"no calls in the last {days} days")
     else:
         print_report(console(), rows, total, by, f"last {days} days (UTC)")
+        if saved is not None:
+            print_savings(console(), saved)
+
+
+def _row(row: CostRow) -> dict[str, Any]:
+    return {**asdict(row), "difference_percent": percent_off(row)}
+
+
+def _savings(ledger: Ledger, days: int) -> Savings | None:
+    """Return what was saved; None where no premium model has a price."""
+    from attune_worker.models.registry import Registry
+    from attune_worker.models.savings import BY, premium_model, savings
+
+    settings = get_settings()
+    registry = Registry.from_settings(settings)
+    premium = premium_model(settings, registry)
+    return None if premium is None else savings(ledger.report(days, BY), premium, registry)
 
 
 @costs.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Literal
@@ -34,10 +34,11 @@ NEWEST = 20
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The models in the order in which they are to be asked, and how the first one was chosen."""
+    """The models in the order in which they are to be asked, how the first one was chosen, and what was known then."""
 
     models: tuple[ModelInfo, ...]
     decision: Decision
+    view: StageView = field(default_factory=StageView)
 
 
 class AdaptiveModelRouter:
@@ -58,28 +59,32 @@ class AdaptiveModelRouter:
         self._telemetry = telemetry or Telemetry(self._settings)
         self._snapshot = snapshot or Snapshot(self._telemetry, self._settings.routing.refresh_seconds)
 
-    def rank(self, job: Job, found: Candidates, random: Callable[[], float] | None = None) -> Ranking:
+    def rank(
+        self,
+        job: Job,
+        found: Candidates,
+        random: Callable[[], float] | None = None,
+        view: StageView | None = None,
+    ) -> Ranking:
         """Return the models for one job, the one to ask first in front.
 
         ``random`` returns a number from 0 up to 1, and is asked once where there is something to draw; without it the
-        best one is chosen. Raises
-        ``NoCandidateError`` when ``found`` holds no model, or none that meets what the job asks for and the job
+        best one is chosen. ``view`` is what is known of the job's stage (default: what this process has in memory).
+        Raises ``NoCandidateError`` when ``found`` holds no model, or none that meets what the job asks for and the job
         wants no best effort.
         """
         models = must_serve(found)
         question = self._question(job, models)
+        view = view or self._snapshot.view(question.workflow, question.stage)
         if job.model is not None:
-            return Ranking(models, _unweighed("pinned", question))
-        if not self._settings.routing.adaptive:
-            return Ranking(models, _unweighed("static", question))
-        view = self._snapshot.view(question.workflow, question.stage)
-        if view.empty:
-            return Ranking(models, _unweighed("static", question))
+            return Ranking(models, _unweighed("pinned", question), view)
+        if not self._settings.routing.adaptive or view.empty:
+            return Ranking(models, _unweighed("static", question), view)
         weighed = weigh(view, question)
         if weighed.best_effort and not job.best_effort:
             raise NoCandidateError(_nobody_meets(question, weighed))
         ordered, decision = weighed.chosen(_draw(weighed.choice.scored, weighed.choice.best, random))
-        return Ranking(ordered if job.best_effort else _without(weighed.slow, ordered), decision)
+        return Ranking(ordered if job.best_effort else _without(weighed.slow, ordered), decision, view)
 
     def get_best_model(
         self,

@@ -138,9 +138,11 @@ class Wire:
                 cost_nano=cost_nano,
                 input=outcome.input_tokens,
                 output=outcome.output_tokens,
+                bytes=job.text_bytes if outcome.input_tokens else None,
                 half_life=HALF_LIFE,
             )
-        return self._settlement(permit.call_id, intent, outcome, admitted_ms, worst_nano, fields)
+        expected_nano = _nano(permit.quote.expected_usd)
+        return self._settlement(permit.call_id, intent, outcome, admitted_ms, worst_nano, fields, expected_nano)
 
     def orphan(self, call_id: str, intent: Intent, admitted_ms: int, worst_nano: int | None) -> Settlement:
         """Return SETTLE's keys and arguments for a call whose worker died; ``worst_nano`` is what it had reserved."""
@@ -161,6 +163,7 @@ class Wire:
         admitted_ms: int,
         worst_nano: int | None,
         fields: dict[str, Any],
+        expected_nano: int | None = None,
     ) -> Settlement:
         keys, day = self._keys, _day(admitted_ms // DAY_MS)
         workflow, stage = intent.workflow, intent.stage
@@ -171,7 +174,11 @@ class Wire:
             "names": _names(intent.provider, intent.tier),
             "kept": _kept(outcome),
             "sums": told(
-                group=intent.group, estimate_nano=worst_nano, input=outcome.input_tokens, output=outcome.output_tokens
+                group=intent.group,
+                estimate_nano=worst_nano,
+                expected_nano=expected_nano,
+                input=outcome.input_tokens,
+                output=outcome.output_tokens,
             ),
         }
         return [
@@ -190,7 +197,7 @@ class Wire:
             *(one.key(keys) for one in intent.budgets),
         ], (
             f'{{"rules":{self._rules},"keep":{self._keep},{_json(fields)[1:]}',
-            _record(call_id, intent, outcome, admitted_ms, worst_nano),
+            _record(call_id, intent, outcome, admitted_ms, worst_nano, expected_nano),
         )
 
     def _for_limits(self, permit: Permit, outcome: Outcome) -> dict[str, Any]:
@@ -309,12 +316,20 @@ def _kept(outcome: Outcome) -> list[str | int]:
     return [text for field in fields.items() for text in field]
 
 
-def _record(call_id: str, intent: Intent, outcome: Outcome, admitted_ms: int, worst_nano: int | None) -> str:
+def _record(
+    call_id: str,
+    intent: Intent,
+    outcome: Outcome,
+    admitted_ms: int,
+    worst_nano: int | None,
+    expected_nano: int | None,
+) -> str:
     """Return the ledger's record of a call, as ``LedgerRecord.from_json`` reads it."""
     known = told(
         error=outcome.error or None,
         cost_nano=_nano(outcome.cost_usd),
         estimate_nano=worst_nano,
+        expected_nano=expected_nano,
         input=outcome.input_tokens,
         output=outcome.output_tokens,
         cache_read=outcome.cache_read_tokens,

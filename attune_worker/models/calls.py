@@ -16,11 +16,15 @@ from attune_worker.providers.rate_headers import Observed
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """A model that may be called: at most ``tokens`` of it, at worst for ``worst_usd`` (None: price unknown)."""
+    """A model that may be called: at most ``tokens`` of it, at worst for ``worst_usd`` (None: price unknown).
+
+    ``expected_usd`` is what the call should cost, going by those before it.
+    """
 
     model: ModelInfo
     tokens: int
     worst_usd: Decimal | None
+    expected_usd: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)

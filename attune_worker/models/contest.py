@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from attune_worker.jobs import Candidate, Decision, ModelTier, Usage
+from attune_worker.jobs import Candidate, Decision, ModelTier
 from attune_worker.models.choice import Arm, Choice, Scored, choose
-from attune_worker.models.pricing import cost
+from attune_worker.models.pricing import plain_cost
 from attune_worker.models.registry import ModelInfo
 from attune_worker.models.routing import estimate_tokens
+from attune_worker.models.sizing import basis
+from attune_worker.telemetry.sizes import Sizes
 from attune_worker.telemetry.views import NOTHING, StageView
 
 MAX_ARMS = 8
@@ -22,9 +24,6 @@ MAX_ARMS = 8
 
 MIN_ANSWERS = 10
 """From how many answers on their 95th percentile says something about a model's latency."""
-
-OUTPUT_TOKENS = 500
-"""Length of an answer while nothing is known of a stage."""
 
 _TIER_RANK = {tier: rank for rank, tier in enumerate(ModelTier)}
 _MAX_KEPT = 256
@@ -184,28 +183,25 @@ def _stand_in(known: Sequence[float], model: ModelInfo) -> float:
 
 
 def expected_usd(view: StageView, model: ModelInfo, input_tokens: int) -> float | None:
-    """Return what a call should cost in USD, its answer being as long as the model's, or the stage's, were so far.
+    """Return what a call should cost in USD, its answer being as long as those before it; None: price unknown.
 
-    None: the price is unknown. A float is enough to compare models by.
+    A float is enough to compare models by.
     """
-    own = view.traffic.get(model.ref)
-    known = own if own is not None and own.succeeded >= MIN_ANSWERS else view.total
-    output_tokens = round(known.avg_output_tokens or OUTPUT_TOKENS)
+    output_tokens = round(basis(view, model.ref).output_tokens)
     return _usd(model, input_tokens, output_tokens, int(time.time() // _PRICE_SECONDS))
 
 
 @lru_cache(maxsize=1024)
 def _usd(model: ModelInfo, input_tokens: int, output_tokens: int, minute: int) -> float | None:  # noqa: ARG001
     """Return the price of such a call, looked up again every minute: prices change with the date and the hour."""
-    price = cost(model, Usage(input_tokens=input_tokens, output_tokens=output_tokens))
+    price = plain_cost(model, input_tokens, output_tokens)
     return None if price is None else float(price)
 
 
 def mean_input(view: StageView) -> int:
     """Return the usual length of the stage's prompts, in tokens."""
-    calls = view.total.succeeded
-    seen = round(view.total.input / calls) if calls else 0
-    return rounded(seen or estimate_tokens(_TYPICAL_PROMPT_BYTES))
+    seen = Sizes.total(view.stage.sizes.values())
+    return rounded(round(seen.mean_input) if seen.usable else estimate_tokens(_TYPICAL_PROMPT_BYTES))
 
 
 def rounded(tokens: int) -> int:

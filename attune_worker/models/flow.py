@@ -31,14 +31,16 @@ from attune_worker.models.adaptive import AdaptiveModelRouter, Ranking
 from attune_worker.models.attempts import attempt_of, located
 from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.policy import Failure, NextCall, next_call, seen_before
-from attune_worker.models.pricing import worst_case_cost
+from attune_worker.models.pricing import plain_cost, worst_case_cost
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.models.routing import Candidates, candidates, estimate_tokens, most_tokens, must_serve, output_limit
+from attune_worker.models.sizing import basis
 from attune_worker.providers import adapter
 from attune_worker.providers.base import Answer, ChatRequest, Endpoint, HttpRequest, HttpResponse, Provider
 from attune_worker.providers.rate_headers import observed
 from attune_worker.sections import ProviderSettings
 from attune_worker.settings import Settings
+from attune_worker.telemetry.views import StageView
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +210,7 @@ class Caller:
                 yield from _pause(step.wait_seconds, pauses_until, start, attempts, held_up)
             if time.monotonic() >= ends:
                 raise _time_up(start, deadline, attempts, held_up)
-            verdict = yield from self._ask(start, (step.model, *step.instead), attempts)
+            verdict = yield from self._ask(start, (step.model, *step.instead), attempts, ranking.view)
             if isinstance(verdict, Refusal):
                 if verdict.for_budget:
                     raise BudgetExceededError(
@@ -238,12 +240,12 @@ class Caller:
         return ends - min(self.settings.http.request_timeout_seconds, self.settings.timeout_seconds / 2)
 
     def _ask(
-        self, start: Start, models: Sequence[ModelInfo], attempts: Sequence[Attempt]
+        self, start: Start, models: Sequence[ModelInfo], attempts: Sequence[Attempt], view: StageView
     ) -> Generator[Effect, Reply, Permit | Refusal]:
         """Ask leave for the first of ``models`` that may be called, a few at a time; refused are they all together."""
         refusals: list[Refusal] = []
         for first in range(0, len(models), ADMITTED_TOGETHER):
-            verdict = yield Admit(self._request(start, models[first : first + ADMITTED_TOGETHER]))
+            verdict = yield Admit(self._request(start, models[first : first + ADMITTED_TOGETHER], view))
             if isinstance(verdict, Permit):
                 return verdict
             _go_on_unless_stopped(verdict, attempts)
@@ -289,7 +291,12 @@ class Caller:
         """Return what a call cannot go beyond, however the prompt is cut into tokens: what budgets reserve."""
         return worst_case_cost(model, most_tokens(job), output_limit(job, model, self.settings.default_max_tokens))
 
-    def _request(self, start: Start, models: Sequence[ModelInfo]) -> Request:
+    def _expected_usd(self, job: Job, model: ModelInfo, view: StageView) -> Decimal | None:
+        """Return what a call should cost, going by those before it in its stage."""
+        limit = output_limit(job, model, self.settings.default_max_tokens)
+        return plain_cost(model, *basis(view, model.ref).tokens(job, limit))
+
+    def _request(self, start: Start, models: Sequence[ModelInfo], view: StageView) -> Request:
         job = start.job
         prompt = estimate_tokens(job.text_bytes)
         return Request(
@@ -302,6 +309,7 @@ class Caller:
                     model,
                     prompt + output_limit(job, model, self.settings.default_max_tokens),
                     self._most_usd(job, model),
+                    expected_usd=self._expected_usd(job, model, view),
                 )
                 for model in models
             ),

@@ -16,7 +16,7 @@ from attune_worker.jobs import NANO_USD, Usage
 from attune_worker.models.price_list import Pricing, Rates, get_pricing, get_pricing_for_model, in_utc
 from attune_worker.models.registry import ModelInfo
 
-__all__ = ["Pricing", "Rates", "cost", "get_pricing", "get_pricing_for_model", "worst_case_cost"]
+__all__ = ["Pricing", "Rates", "cost", "get_pricing", "get_pricing_for_model", "plain_cost", "worst_case_cost"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,21 @@ def worst_case_cost(
     prompt = input_tokens * max(rates.input, rates.cache_write)
     answer = max_output_tokens * max(rates.output, rates.reasoning)
     return _usd(tariff.request + prompt + answer, tariff.digits, ROUND_UP)
+
+
+def plain_cost(
+    model: ModelInfo, input_tokens: int, output_tokens: int, at: datetime | None = None, calls: int = 1
+) -> Decimal | None:
+    """Return what ``calls`` calls of so many tokens together cost in USD, with no cache and no reasoning.
+
+    ``None`` and ``at`` are as with ``cost``. Where the price depends on a prompt's length, their mean decides.
+    """
+    tariff = _tariff(model, at)
+    if tariff is None:
+        return None
+    rates = tariff.rates(input_tokens // max(calls, 1))
+    amount = calls * tariff.request + input_tokens * rates.input + output_tokens * rates.output
+    return _usd(amount, tariff.digits, ROUND_HALF_EVEN)
 
 
 class _IntegerRates(NamedTuple):

@@ -23,7 +23,7 @@ RETENTION_DAYS = 35
 """How long the counters of a day are kept."""
 
 VIEW_DAYS = 2
-"""Latencies and lengths of answers are those of today and yesterday."""
+"""Latencies are those of today and yesterday."""
 
 _KEYS_AT_ONCE = 500
 

@@ -13,30 +13,39 @@ from typing import Any
 from attune_worker.jobs import NANO_USD
 from attune_worker.telemetry.evidence import RING, Evidence
 from attune_worker.telemetry.histogram import LAST, percentile_ms
+from attune_worker.telemetry.sizes import Sizes
 
 Fields = Mapping[bytes, bytes]
 
 NOTHING = Evidence()
+
+_SIZES = b"|sizes"
+_LONGEST = 1e15
+"""More bytes or tokens than any place has seen; what is longer is garbage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """A stage, a workflow or the whole fleet: its outcomes so far, how many were judged, and each model's evidence.
 
-    The evidence, by ``provider/model_id``, is discounted to now.
+    The evidence, by ``provider/model_id``, is discounted to now; ``sizes`` are the lengths of its prompts and answers.
     """
 
     seen: int = 0
     judged: int = 0
     models: Mapping[str, Evidence] = field(default_factory=dict)
+    sizes: Mapping[str, Sizes] = field(default_factory=dict)
 
     @classmethod
     def read(cls, fields: Fields, half_life: float) -> Place:
         """Return what a hash of evidence holds."""
         seen = _count(fields.get(b"n"))
-        found = {_name(ref): evidence(text, seen) for ref, text in fields.items() if ref not in {b"n", b"judged"}}
+        of_models = {ref: text for ref, text in fields.items() if ref not in {b"n", b"judged"}}
+        found = {_name(ref): evidence(text, seen) for ref, text in of_models.items() if not ref.endswith(_SIZES)}
         models = {ref: one.at(seen, half_life) for ref, one in found.items() if one.calls}
-        return cls(seen, _count(fields.get(b"judged")), models)
+        lengths = {_name(ref[: -len(_SIZES)]): sizes(text) for ref, text in of_models.items() if ref.endswith(_SIZES)}
+        known = {ref: one for ref, one in lengths.items() if one.usable}
+        return cls(seen, _count(fields.get(b"judged")), models, known)
 
     def of(self, ref: str) -> Evidence:
         """Return what is known of one model."""
@@ -84,11 +93,6 @@ class Traffic:
     def p95_latency_ms(self) -> int | None:
         """Time that 95 of 100 answers did not pass; None: there was none."""
         return percentile_ms(self.latencies, 0.95)
-
-    @property
-    def avg_output_tokens(self) -> float | None:
-        """Mean length of an answer; None: there was none."""
-        return _ratio(self.output, self.succeeded)
 
     @property
     def avg_score(self) -> float | None:
@@ -143,11 +147,6 @@ class StageView:
         found = {ref: (one.p95_latency_ms, sum(one.latencies.values())) for ref, one in self.traffic.items()}
         return {ref: (p95, answers) for ref, (p95, answers) in found.items() if p95 is not None}
 
-    @cached_property
-    def total(self) -> Traffic:
-        """The traffic of all models together."""
-        return Traffic.total(self.traffic.values())
-
     @property
     def judged(self) -> bool:
         """Whether somebody says how good the answers here are."""
@@ -193,6 +192,18 @@ def evidence(text: bytes, seen: int) -> Evidence:
     if not known or not isinstance(recent, str) or len(recent) > RING or recent.strip("01"):
         return NOTHING
     return Evidence(successes, failures, at, int(calls), cost_nano, priced, recent)
+
+
+def sizes(text: bytes) -> Sizes:
+    """Return the lengths that a field holds; nothing where it holds something else."""
+    try:
+        numbers = [float(one) if type(one) in {int, float} else math.nan for one in json.loads(text)]
+        calls, weight, prompts, tokens_in, tokens_out = numbers
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return Sizes()
+    if not all(0 <= one < _LONGEST for one in numbers):
+        return Sizes()
+    return Sizes(int(calls), weight, prompts, tokens_in, tokens_out)
 
 
 def _count(text: bytes | None) -> int:

@@ -11,16 +11,21 @@ import pytest
 
 from attune_worker.cli.costs import FIELDS
 from attune_worker.invoices import COLUMNS
-from attune_worker.ledger import DIMENSIONS, Ledger
+from attune_worker.ledger import DIMENSIONS, Comparison, Ledger
 from attune_worker.models.executor import EmpathyLLMExecutor, ExecutionContext
+from attune_worker.models.savings import Savings
 from attune_worker.reconcile import Difference, Reconciliation, Uncertain
 from attune_worker.store.keys import FleetKeys, part
 from tests.examples.stack import ROOT
 
 ROW = {
     "keys", "calls", "cost_usd", "unknown_calls", "unknown_usd", "orphaned_calls", "orphaned_usd", "unpriced_calls",
-    "input_tokens", "output_tokens",
+    "input_tokens", "output_tokens", "compared", "difference_percent",
 }  # fmt: skip
+
+
+SHOWN = (Reconciliation, Difference, Uncertain, Comparison, Savings)
+"""What the JSON of these commands is made of."""
 
 
 @pytest.fixture
@@ -46,6 +51,7 @@ def uncertain(redis, settings):
     counted = {
         "calls": 9, "cost_nano": 5_000_000, "unknown": 2, "unknown_nano": 7_000_000, "orphaned": 1,
         "orphaned_nano": 3_000_000, "unpriced": 1, "input": 12_345, "output": 678,
+        "compared": 4, "expected_nano": 4_000_000, "compared_nano": 5_000_000, "off_nano": 2_000_000,
     }  # fmt: skip
     key = FleetKeys(settings.namespace).costs(f"{datetime.now(UTC):%Y%m%d}")
     redis.hset(key, mapping={f"{group}|{name}": count for name, count in counted.items()})
@@ -93,6 +99,27 @@ def test_what_is_not_known_stands_beside_the_sum(invoke):
     assert "in neither amount: 1 call\n" in shown
     [row] = json.loads(invoke("costs", "report", "--json").stdout)["rows"]
     assert (row["cost_usd"], row["unknown_usd"], row["orphaned_usd"]) == ("0.005000000", "0.007000000", "0.003000000")
+
+
+@pytest.mark.usefixtures("uncertain")
+def test_what_was_expected_stands_beside_what_it_cost(invoke):
+    """Of the calls that can be compared: the sums, by how many percent they differ, and how far off a call was."""
+    shown = invoke("costs", "report").stdout
+    assert "expected of 4 calls: $0.004000000; they cost $0.005000000, +25.0%; off by $0.000500000 a call" in shown
+    told = json.loads(invoke("costs", "report", "--json").stdout)
+    compared = {"calls": 4, "expected_usd": "0.004000000", "actual_usd": "0.005000000", "off_usd": "0.002000000"}
+    assert [(one["compared"], one["difference_percent"]) for one in told["rows"]] == [(compared, 25.0)]
+
+
+@pytest.mark.usefixtures("calls")
+def test_savings_are_held_against_the_preferred_premium_model(invoke):
+    """What the calls cost is part of it; the dearest of them is that model's own."""
+    told = json.loads(invoke("costs", "report", "--json").stdout)
+    saved = told["savings"]
+    assert (saved["provider"], saved["model_id"], saved["calls"]) == ("anthropic", "claude-opus-5-5", 4)
+    assert saved["cost_usd"] == told["total"]["cost_usd"]
+    assert Decimal(saved["premium_usd"]) - Decimal(saved["cost_usd"]) == Decimal(saved["saved_usd"]) > 0
+    assert f"instead of ${saved['cost_usd']}; saved ${saved['saved_usd']}" in invoke("costs", "report").stdout
 
 
 def test_a_report_of_nothing_says_so(invoke):
@@ -212,8 +239,8 @@ def test_a_file_that_is_no_invoice_is_refused(invoke, tmp_path):
 def test_the_fields_of_the_json_are_documented():
     """Whoever reads them in a program finds each in the page, as do those who write an invoice's columns."""
     named = set(re.findall(r"`(\w+)`", (ROOT / "docs/howto/reconcile-costs.md").read_text()))
-    fields = {one.name for value in (Reconciliation, Difference, Uncertain) for one in dataclasses.fields(value)}
-    assert {*ROW, *COLUMNS, *DIMENSIONS, *fields, "agrees", "days", "by", "rows", "total"} <= named
+    fields = {one.name for value in SHOWN for one in dataclasses.fields(value)}
+    assert {*ROW, *COLUMNS, *DIMENSIONS, *fields, "agrees", "days", "by", "rows", "total", "savings"} <= named
 
 
 @pytest.mark.parametrize("arguments", [["report"], ["export"]], ids=" ".join)

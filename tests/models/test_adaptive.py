@@ -80,7 +80,10 @@ class World:
             "latency_ms": answers * latency_ms,
             f"h{bucket_of(latency_ms)}": answers,
         }
-        self.redis.hset(key, mapping={f"{info.ref}|{name}": count for name, count in (counted | counters).items()})
+        counted |= counters
+        self.redis.hset(key, mapping={f"{info.ref}|{name}": count for name, count in counted.items()})
+        sizes = [answers, answers, answers * 400, counted["input"], counted["output"]]
+        self.redis.hset(self.keys.evidence("w", "fix_bug"), f"{info.ref}|sizes", json.dumps(sizes))
         self.anew()
 
     def rank(self, draw: float = 0.0, obstacle: Callable[[ModelInfo], str | None] | None = None, **fields: Any) -> Any:
@@ -124,7 +127,7 @@ def test_a_pinned_model_is_not_weighed(world):
 
 
 def test_adaptive_routing_can_be_switched_off(world):
-    """With a history that says otherwise, the order stays static, and Redis is not even asked."""
+    """With a history that says otherwise, the order stays static."""
     world.history(MIDDLE, 0, 100)
     world.anew(adaptive=False)
     assert world.rank().models == STATIC
@@ -287,7 +290,7 @@ def test_a_model_without_a_price_never_wins_by_it(world):
 
 
 def test_the_usual_length_of_answers_makes_the_cost(world):
-    """Ten answers of a model, or else the stage's, say how long the next one will be."""
+    """The answers of a model, or else the stage's, say how long the next one will be."""
     world.history(MIDDLE, 500, 10)
     world.took(MIDDLE, 100, 20, output=20 * 40)
     found = {one.model_id: one for one in world.rank().decision.candidates}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from attune_worker.budget import Budgets
 from attune_worker.jobs import Job
-from attune_worker.ledger import CostRow, Ledger, latest
+from attune_worker.ledger import Comparison, CostRow, Ledger, latest
 from attune_worker.limits import Limits
 from attune_worker.models.admission import Admission
 from attune_worker.models.calls import Outcome, Permit, Quote, Request
@@ -90,9 +90,15 @@ class Lab:
         self.redis.zadd(self.keys.workers, {LEASE: (time.time() + 3600) * 1000})
         self.model = Registry.from_settings(self.settings).find("anthropic/claude-haiku-5-5")[0]
 
-    def admit(self, job: Job = JOB, worst_usd: Decimal | None = WORST, tokens: int = 100) -> Permit:
+    def admit(
+        self,
+        job: Job = JOB,
+        worst_usd: Decimal | None = WORST,
+        tokens: int = 100,
+        expected_usd: Decimal | None = None,
+    ) -> Permit:
         """Get leave for a call of a job of its own."""
-        quote = Quote(self.model, tokens, worst_usd)
+        quote = Quote(self.model, tokens, worst_usd, expected_usd=expected_usd)
         verdict = self.admission.admit(Request(uuid4().hex, uuid4().hex, job, (quote,), LEASE))
         assert isinstance(verdict, Permit), verdict
         return verdict
@@ -186,9 +192,52 @@ def test_budgets_and_sums_equal_a_recount_from_the_ledger(lab: Lab, steps: list[
     assert row.unknown_calls + row.orphaned_calls == sum(one.uncertain for one in records)
 
 
+@pytest.mark.parametrize(
+    ("steps", "compared"),
+    [
+        (("settle",), True),
+        (("settle", "settle"), True),
+        (("orphan", "settle"), True),
+        (("orphan",), False),
+        (("fail",), False),
+        (("lose",), False),
+        (("release",), False),
+        (("lose", "settle"), False),
+    ],
+)
+def test_what_was_expected_is_compared_once_where_a_cost_is_known(
+    lab: Lab, steps: tuple[str, ...], compared: bool
+) -> None:
+    """Of answers alone; two that are off by the same, in either direction, are off by both."""
+    for expected in ("0.20", "0.30", None):
+        taken = lab.admit(expected_usd=None if expected is None else Decimal(expected))
+        for step in steps:
+            lab.do(taken, step)
+    found = Ledger(lab.settings, lab.redis).report(2)[0].compared
+    both = Comparison(2, Decimal("0.5"), Decimal("0.5"), Decimal("0.1"))
+    assert found == (both if compared else Comparison())
+
+
+def test_estimates_of_a_workflow_are_held_against_its_own_calls(lab: Lab) -> None:
+    """By model, over all its tenants; a workflow with stars in its name is no pattern."""
+    for workflow, tenant in (("review", "acme"), ("review", None), ("re*", "acme"), ("*", "acme")):
+        fields = {"task_type": "summarize", "prompt": "?", "tenant": tenant, "workflow": workflow}
+        lab.do(lab.admit(Job.parse(fields), expected_usd=Decimal("0.5")), "settle")
+    ledger = Ledger(lab.settings, lab.redis)
+    found = {name: ledger.compared(name, 7) for name in ("review", "re*", "*", "r")}
+    assert {name: [(ref, one.calls) for ref, one in refs.items()] for name, refs in found.items()} == {
+        "review": [("anthropic/claude-haiku-5-5", 2)],
+        "re*": [("anthropic/claude-haiku-5-5", 1)],
+        "*": [("anthropic/claude-haiku-5-5", 1)],
+        "r": [],
+    }
+    one = found["review"]["anthropic/claude-haiku-5-5"]
+    assert (one.ratio, one.mean_off_usd) == (0.5, Decimal("0.25"))
+
+
 def test_record_says_what_the_call_was_and_what_it_came_to(lab: Lab) -> None:
     """All of it, and of a call that failed the provider's status."""
-    done, broken = lab.admit(), lab.admit()
+    done, broken = lab.admit(expected_usd=Decimal("0.125")), lab.admit()
     lab.do(done, "settle")
     lab.do(broken, "fail")
     first, second = Ledger(lab.settings, lab.redis).records()
@@ -197,6 +246,7 @@ def test_record_says_what_the_call_was_and_what_it_came_to(lab: Lab) -> None:
     assert (first.tier, first.mode, first.outcome, first.error) == ("cheap", "api", "succeeded", None)
     assert (first.cost_usd, first.estimate_usd, first.latency_ms) == (Decimal("0.25"), WORST, 120)
     assert (first.input_tokens, first.output_tokens, first.request_id) == (60, 40, "req-1")
+    assert (first.expected_usd, second.expected_usd) == (Decimal("0.125"), None)
     assert 0 <= (first.written - first.time).total_seconds() < 10
     assert (second.outcome, second.error, second.status, second.cost_usd) == ("failed", "overloaded", 529, Decimal(0))
 

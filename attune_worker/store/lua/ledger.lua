@@ -5,7 +5,7 @@
 --   call  {record (its JSON, kept as it is), outcome = 'succeeded' | 'failed' | 'orphaned' (its worker died, nobody knows
 --         what it did) | 'released' (it was never made), was_orphaned (so it was settled before, and this corrects it),
 --         group (of the sums), cost_nano (nil: unknown), estimate_nano (what was reserved; nil: no price is known),
---         input, output (tokens)}
+--         expected_nano (what it should have cost; nil: no price is known), input, output (tokens)}
 --   keep  {ledger_ms, records, sums_s}: how long, how many, and how long the sums
 --
 -- ledger STREAM  'record' = JSON; with 'corrects' = 'orphaned' where an entry of this call came before. A call that
@@ -13,7 +13,9 @@
 -- costs  HASH    'groups' (how many); for each '<group>|calls', 'cost_nano', 'unknown' (calls that may have cost
 --                something, nobody knows what), 'unknown_nano' (at most, by what was reserved), 'orphaned',
 --                'orphaned_nano' (the same of calls whose worker died), 'unpriced' (of both, those without an
---                estimate), 'input', 'output'. From the 20,000th group on, all others are '~other'
+--                estimate), 'input', 'output'; of the calls that succeeded and of which both what they should have
+--                cost and what they did is known 'compared' (how many), 'expected_nano', 'compared_nano' and 'off_nano'
+--                (the sum of the differences, each without its sign). From the 20,000th group on, all others are '~other'
 -- TTL   ledger: keep.ledger_ms after the last call, its entries about as long; costs: keep.sums_s after the last write
 local LEDGER = { most_groups = 20000, other = '~other' }
 
@@ -48,11 +50,20 @@ local function ledger_uncertain(key, prefix, word, estimate_nano, sign)
   end
 end
 
+-- Hold what a call cost against what it should have cost.
+local function ledger_compare(key, prefix, cost_nano, expected_nano)
+  telemetry_count(key, prefix .. 'compared', 1)
+  telemetry_count(key, prefix .. 'expected_nano', expected_nano)
+  telemetry_count(key, prefix .. 'compared_nano', cost_nano)
+  telemetry_count(key, prefix .. 'off_nano', math.abs(cost_nano - expected_nano))
+end
+
 local function ledger_sum(key, call, keep)
   own(key, 'hash')
   local prefix = ledger_group(key, call.group) .. '|'
   local calls = (call.outcome == 'released' and 0 or 1) - (call.was_orphaned and 1 or 0)
   local estimate_nano, cost_nano = number(call.estimate_nano, nil), number(call.cost_nano, nil)
+  local expected_nano = number(call.expected_nano, nil)
   telemetry_count(key, prefix .. 'calls', calls)
   if call.was_orphaned then
     ledger_uncertain(key, prefix, 'orphaned', estimate_nano, -1)
@@ -62,6 +73,9 @@ local function ledger_sum(key, call, keep)
   elseif call.outcome ~= 'released' then
     if cost_nano then
       telemetry_count(key, prefix .. 'cost_nano', cost_nano)
+      if expected_nano and call.outcome == 'succeeded' then
+        ledger_compare(key, prefix, cost_nano, expected_nano)
+      end
     else
       ledger_uncertain(key, prefix, 'unknown', estimate_nano, 1)
     end

@@ -14,7 +14,8 @@
 --       not known), names (provider and tier as JSON), rules, result (see breaker.lua),
 --       limits (see limits.lua), budgets: [{per, limit_nano, reserved_nano, cost_nano}], cost_nano, call_of (what
 --       telemetry.lua counts; absent when released or orphaned), kept: names and values of further fields of the call,
---       for its job's history, sums: {group, estimate_nano, input, output} and
+--       for its job's history, sums: {group, estimate_nano, expected_nano, input,
+--       output} and
 --       keep (see ledger.lua)}
 --       2 the record of the call, as JSON (see ledger.py), kept as it is
 -- Returns {'settled' | 'again' | 'other' (released, but leave was given for another model: nothing is done), what

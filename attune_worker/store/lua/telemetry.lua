@@ -7,6 +7,9 @@
 --                   [successes, failures, seen, calls, cost_nano, priced, recent]. The arithmetic is that of
 --                   telemetry/evidence.py, which says what the numbers mean. Written with 17 digits, so that
 --                   nothing is lost between two calls.
+-- sizes_observe(key, ref, call)      counts how long a prompt and its answer were
+--   evidence  HASH  for each model '<ref>|sizes' = JSON [calls, weight, bytes, input, output], as telemetry/sizes.py has
+--                   it; of calls whose tokens are known, whatever they say of the model as such
 -- telemetry_count(key, field, n)     HINCRBY that begins again from 0 where the field holds no integer; never goes below 0
 --                                    by that
 -- telemetry_settle(keys, now, call)  counts a call; returns n of the stage, of the workflow and of the fleet,
@@ -14,7 +17,8 @@
 --   keys  {stats, stage, workflow, fleet, stages}
 --   call  {ref, names (JSON of workflow and stage), kind = 'success' | 'failure' | 'other', score (0 to 1, or
 --          nil: says nothing about the model), latency_ms, cost_nano (nil: unknown), input, output (tokens),
---          half_life = {stage, workflow, fleet} in outcomes}
+--          bytes (of the prompt, where its tokens are known; nil: its lengths are not counted), half_life = {stage,
+--          workflow, fleet} in outcomes}
 --   stats   HASH  '<ref>|calls', 'succeeded', 'failed', 'cost_nano', 'unpriced', 'input', 'output'; of the calls
 --                 that succeeded 'latency_ms' (sum) and 'h<i>' (how many took at most 25 ms * 2^(i/2))
 --   stages  ZSET  names, by the time of their last call (ms); at most 10,000, none older than 35 days
@@ -65,6 +69,26 @@ local function evidence_observe(key, ref, half_life, score, cost_nano)
   return n
 end
 
+local function sizes_observe(key, ref, call)
+  local field = ref .. '|sizes'
+  local parsed, list = pcall(cjson.decode, read(key, field)[1] or '')
+  local sums = { 0, 0, 0, 0, 0 }
+  if parsed and type(list) == 'table' and #list == 5 then
+    for i = 1, 5 do
+      if type(list[i]) ~= 'number' or not number(list[i]) or list[i] < 0 then
+        sums = { 0, 0, 0, 0, 0 }
+        break
+      end
+      sums[i] = list[i]
+    end
+  end
+  local fading = 0.5 ^ (1 / 300)
+  redis.call('HSET', key, field, string.format('[%.0f,%.17g,%.17g,%.17g,%.17g]',
+    sums[1] + 1, sums[2] * fading + 1, sums[3] * fading + call.bytes, sums[4] * fading + number(call.input, 0),
+    sums[5] * fading + number(call.output, 0)))
+  redis.call('EXPIRE', key, 3024000)
+end
+
 local function telemetry_count(key, field, n)
   if n ~= 0 and type(redis.pcall('HINCRBY', key, field, integer(n))) == 'table' then -- an error
     redis.call('HSET', key, field, integer(math.max(n, 0)))
@@ -97,6 +121,11 @@ local function telemetry_settle(keys, now, call)
   end
   redis.call('EXPIRE', keys.stages, 3024000)
 
+  if call.kind == 'success' and type(call.bytes) == 'number' then
+    for _, key in ipairs({ keys.stage, keys.workflow, keys.fleet }) do
+      sizes_observe(key, call.ref, call)
+    end
+  end
   if type(call.score) ~= 'number' then
     return false, false, false
   end

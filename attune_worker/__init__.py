@@ -10,6 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attune_worker.cli.auth import cmd_auth_recommend as cmd_auth_recommend
+    from attune_worker.cli.auth import cmd_auth_reset as cmd_auth_reset
+    from attune_worker.cli.auth import cmd_auth_setup as cmd_auth_setup
+    from attune_worker.cli.auth import cmd_auth_status as cmd_auth_status
     from attune_worker.client import AsyncClient as AsyncClient
     from attune_worker.client import AsyncJobHandle as AsyncJobHandle
     from attune_worker.client import Client as Client
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
     from attune_worker.jobs import ModelTier as ModelTier
     from attune_worker.jobs import Usage as Usage
     from attune_worker.models.adaptive import AdaptiveModelRouter as AdaptiveModelRouter
+    from attune_worker.models.auth import AuthStrategy as AuthStrategy
+    from attune_worker.models.auth import SubscriptionTier as SubscriptionTier
+    from attune_worker.models.auth_current import get_auth_strategy as get_auth_strategy
     from attune_worker.models.breaker import CircuitBreaker as CircuitBreaker
     from attune_worker.models.estimation import Estimate as Estimate
     from attune_worker.models.executor import EmpathyLLMExecutor as EmpathyLLMExecutor
@@ -39,6 +46,8 @@ if TYPE_CHECKING:
     from attune_worker.models.registry import ModelInfo as ModelInfo
     from attune_worker.models.registry import get_all_models as get_all_models
     from attune_worker.models.registry import get_model as get_model
+    from attune_worker.models.source_lines import SourceFileError as SourceFileError
+    from attune_worker.models.source_lines import count_lines_of_code as count_lines_of_code
     from attune_worker.models.task_types import TaskType as TaskType
     from attune_worker.models.task_types import get_tier_for_task as get_tier_for_task
     from attune_worker.models.task_types import is_known_task as is_known_task
@@ -46,6 +55,7 @@ if TYPE_CHECKING:
     from attune_worker.settings import get_settings as get_settings
 
 _HOME = {
+    "cli.auth": ("cmd_auth_recommend", "cmd_auth_reset", "cmd_auth_setup", "cmd_auth_status"),
     "client": ("AsyncClient", "AsyncJobHandle", "Client", "JobHandle", "result"),
     "errors": (
         "AttuneError",
@@ -57,11 +67,14 @@ _HOME = {
     ),
     "jobs": ("Attempt", "AuthMode", "Job", "JobResult", "JobStatus", "Message", "ModelTier", "Usage"),
     "models.adaptive": ("AdaptiveModelRouter",),
+    "models.auth": ("AuthStrategy", "SubscriptionTier"),
+    "models.auth_current": ("get_auth_strategy",),
     "models.breaker": ("CircuitBreaker",),
     "models.estimation": ("Estimate",),
     "models.executor": ("EmpathyLLMExecutor", "ExecutionContext", "LLMResponse"),
     "models.pricing": ("get_pricing_for_model",),
     "models.registry": ("ModelInfo", "get_all_models", "get_model"),
+    "models.source_lines": ("SourceFileError", "count_lines_of_code"),
     "models.task_types": ("TaskType", "get_tier_for_task", "is_known_task"),
     "settings": ("Settings", "get_settings"),
 }

@@ -15,6 +15,7 @@ from attune_worker.cli.printable import printable
 from attune_worker.errors import AttuneError
 
 COMMANDS = {
+    "auth": "attune_worker.cli.auth:auth",
     "costs": "attune_worker.cli.costs:costs",
     "demo": "attune_worker.cli.demo:demo",
     "doctor": "attune_worker.cli.doctor:doctor",

@@ -48,6 +48,9 @@ evidence     hash    ``{ns}:evidence:<workflow>:<stage>``, ``{ns}:evidence:<work
                                                         35 days after the last write
 stages       zset    ``{ns}:stages``                    35 days; score: last call, ms
 sweeper      string  ``{ns}:sweeper``                   a few seconds: which worker sends what is due
+auth         string  ``{ns}:auth``                      none: an operator decided it, and it must not lapse.
+                                                        The auth strategy, where the fleet shares it
+authlines    hash    ``{ns}:auth:lines``                35 days after the last write
 ===========  ======  =================================  ==============================================
 
 Jobs are spread over ``SHARDS`` shards by a checksum of their id; all of a job's keys share the tag of
@@ -190,6 +193,16 @@ class FleetKeys:
     def sweeper(self) -> str:
         """Which worker sends what is due."""
         return f"{self.tag}:sweeper"
+
+    @property
+    def auth(self) -> str:
+        """The auth strategy, where the fleet shares it."""
+        return f"{self.tag}:auth"
+
+    @property
+    def auth_lines(self) -> str:
+        """How many tokens jobs have used for a line of code."""
+        return f"{self.tag}:auth:lines"
 
     def circuit(self, provider: str, tier: str | None) -> str:
         """Return the key of one circuit; without ``tier``, of the provider's own."""

@@ -1,4 +1,4 @@
-"""Which budgets does a call count against, and what is left of them?
+"""Which budgets does a call count against, what is left of them, and who changes a limit while the fleet runs?
 
 ``store/lua/budget.lua`` decides and counts, inside ADMIT and SETTLE. Here is what it is told, and the reading of it.
 Of several budgets of one kind (hard or soft) for the same names, the one that spells out most of them holds:
@@ -7,6 +7,7 @@ Of several budgets of one kind (hard or soft) for the same names, the one that s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,10 +17,12 @@ from urllib.parse import unquote
 
 from redis.exceptions import ResponseError
 
+from attune_worker.errors import ConfigurationError
 from attune_worker.jobs import NANO_USD
 from attune_worker.sections import BudgetSettings
+from attune_worker.set_limits import BUDGET_SET, SET_FIELDS, SetLimit, Until, set_limit_in, wish
 from attune_worker.settings import Settings
-from attune_worker.store.connection import RedisClient, connect, reaching, together
+from attune_worker.store.connection import RedisClient, close_idle, connect, reaching, together
 from attune_worker.store.keys import FleetKeys, part
 
 EACH = "*"
@@ -28,12 +31,14 @@ EACH = "*"
 Names = tuple[str | None, str | None, str | None]
 """Tenant, workflow and provider; None: the budget is not about that."""
 
+Per = Literal["day", "month"]
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetKey:
     """One counter, and its limits in nano-USD; None: no limit of that kind."""
 
-    per: Literal["day", "month"]
+    per: Per
     tenant: str | None
     workflow: str | None
     provider: str | None
@@ -58,9 +63,12 @@ class BudgetKey:
 
 @dataclass(frozen=True, slots=True)
 class BudgetStatus:
-    """A budget in its current window. Amounts are in USD; ``left_usd`` is below 0 where more went than was meant to."""
+    """A budget in its current window. Amounts are in USD; ``left_usd`` is below 0 where more went than was meant to.
 
-    per: Literal["day", "month"]
+    ``limit_usd`` is what holds now: ``configured_usd``, unless somebody ``set`` another.
+    """
+
+    per: Per
     tenant: str | None
     workflow: str | None
     provider: str | None
@@ -71,6 +79,8 @@ class BudgetStatus:
     left_usd: Decimal
     window: str
     resets_at: datetime
+    configured_usd: Decimal
+    set: SetLimit | None = None
 
 
 class Budgets:
@@ -80,41 +90,90 @@ class Budgets:
         self._settings = settings
         self._keys = FleetKeys(settings.namespace)
         self._redis = redis or connect(settings)
+        self._owns_redis = redis is None
 
-    def status(self) -> list[BudgetStatus]:
+    def status(
+        self, tenant: str | None = None, workflow: str | None = None, provider: str | None = None
+    ) -> list[BudgetStatus]:
         """Return every budget that names whom it is for, and of the others those that have been used.
 
-        Changes nothing. It scans the keys of Redis when a budget is for each name: for people, not for hot paths.
+        With names, only the budgets that are about these, used or not. Changes nothing. It scans the keys of Redis
+        where a budget is for each name and that is not given: for people, not for hot paths.
         """
         with reaching(self._settings):
-            counters = self._counters()
-            seconds, micros = self._redis.time()
-            now = datetime.fromtimestamp(seconds, UTC) + timedelta(microseconds=micros)
-            commands = []
-            for key, counter in counters.items():
-                window, _ = window_at(now, counter.per)
-                commands.append((key, ("HMGET", key, f"{window}:spent", f"{window}:reserved")))
+            counters = self._counters((tenant, workflow, provider))
+            now = self._now()
+            windows = [window_at(now, counter.per)[0] for counter in counters.values()]
+            fields = [(f"{window}:spent", f"{window}:reserved", *SET_FIELDS) for window in windows]
+            commands = [(key, ("HMGET", key, *names)) for key, names in zip(counters, fields, strict=True)]
             answers = together(self._redis, commands)
-            rows: list[BudgetStatus] = []
-            for counter, answer in zip(counters.values(), answers, strict=True):
-                if isinstance(answer, Exception) and type(answer) is not ResponseError:
-                    raise answer
-                spent, reserved = (None, None) if isinstance(answer, Exception) else answer  # that: a foreign key
-                rows += _rows(counter, _count(spent), _count(reserved), now)
+        rows: list[BudgetStatus] = []
+        for counter, answer in zip(counters.values(), answers, strict=True):
+            if isinstance(answer, Exception) and type(answer) is not ResponseError:
+                raise answer
+            foreign = isinstance(answer, Exception)
+            rows += _rows(counter, [None] * (2 + len(SET_FIELDS)) if foreign else answer, now)
         return sorted(rows, key=lambda row: (row.per, *(name or "" for name in _names(row)), not row.hard))
 
-    def _counters(self) -> dict[str, BudgetKey]:
-        budgets = self._settings.budgets
-        named = [
-            counter for one in budgets if EACH not in _names(one) for counter in budgets_for(budgets, *_names(one))
-        ]
-        counters = {counter.key(self._keys): counter for counter in named}
-        if any(EACH in _names(budget) for budget in budgets):
+    def set_limit(
+        self,
+        per: Per,
+        names: Names,
+        limit_usd: Decimal | None,
+        *,
+        hard: bool = True,
+        until: Until = "window_end",
+        by: str = "",
+        reason: str = "",
+    ) -> BudgetStatus:
+        """Set a budget's limit for the running fleet, from the next call on; None: the configured one holds again.
+
+        It holds until the window ends, or a time, or for good. What is spent and reserved stays as it is, so that a
+        limit below it refuses at once. Raises ``ConfigurationError`` for a budget that is not configured, because
+        no worker would look at it, and for an amount or a time that makes no sense.
+        """
+        counter = self._configured(per, names, hard=hard)
+        with reaching(self._settings):
+            asked = wish(limit_usd, until, self._now()) | {"per": per, "hard": hard, "by": by, "reason": reason}
+            BUDGET_SET(self._redis, [counter.key(self._keys)], [json.dumps(asked)])
+        return next(row for row in self.status(*names) if (row.per, row.hard, _names(row)) == (per, hard, names))
+
+    def close(self) -> None:
+        """Give the connections back, unless they are the caller's."""
+        if self._owns_redis:
+            close_idle(self._redis)
+
+    def _now(self) -> datetime:
+        seconds, micros = self._redis.time()
+        return datetime.fromtimestamp(seconds, UTC) + timedelta(microseconds=micros)
+
+    def _configured(self, per: Per, names: Names, *, hard: bool) -> BudgetKey:
+        budgets = [one for one in self._settings.budgets if one.per == per]
+        if any(one.hard is hard and _covers(_names(one), names) for one in budgets) and EACH not in names:
+            return next(one for one in budgets_for(budgets, *names) if _names(one) == names)
+        there = ", ".join(
+            dict.fromkeys(_described(one.per, _names(one), hard=one.hard) for one in self._settings.budgets)
+        )
+        wanted = _described(per, names, hard=hard)
+        hint = f"; {EACH!r} stands for each name: give one" if EACH in names else ""
+        raise ConfigurationError(f"no {wanted} is configured{hint}; configured: {there or 'none'}")
+
+    def _counters(self, only: Names) -> dict[str, BudgetKey]:
+        """Return the counters that are about these names, by their keys; None: about any name, or none."""
+        budgets, counters = self._settings.budgets, dict[str, BudgetKey]()
+        scopes = [_narrowed(_names(one), only) for one in budgets]
+        for scope in scopes:
+            if scope is not None and EACH not in scope:
+                found = [one for one in budgets_for(budgets, *scope) if _names(one) == scope]
+                counters |= {counter.key(self._keys): counter for counter in found}
+        if any(scope is not None and EACH in scope for scope in scopes):
             prefix = f"{self._keys.tag}:budget:"
             for key in self._redis.scan_iter(f"{prefix}*", count=1000):
                 text = key.decode(errors="replace")
-                for counter in _counter_of(budgets, text.removeprefix(prefix).split(":")):
-                    counters.setdefault(text, counter)
+                parts = text.removeprefix(prefix).split(":")
+                if all(name is None or _fits(name, text) for name, text in zip(only, parts, strict=False)):
+                    for counter in _counter_of(budgets, parts):
+                        counters.setdefault(text, counter)
         return counters
 
 
@@ -149,7 +208,7 @@ def usd_of(nano: int) -> Decimal:
     return Decimal(nano) * NANO_USD
 
 
-def window_at(now: datetime, per: Literal["day", "month"]) -> tuple[str, datetime]:
+def window_at(now: datetime, per: Per) -> tuple[str, datetime]:
     """Return the window that ``now`` is in, as ``store/lua/budget.lua`` names it, and when it ends (UTC)."""
     today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     if per == "day":
@@ -180,28 +239,61 @@ def _counter_of(budgets: Iterable[BudgetSettings], parts: Sequence[str]) -> Iter
 
 
 def _stands_for(names: Names, parts: Sequence[str]) -> bool:
-    return len(parts) == len(names) and all(
-        text != part(None) if name == EACH else text == part(name) for name, text in zip(names, parts, strict=True)
+    return len(parts) == len(names) and all(map(_fits, names, parts))
+
+
+def _fits(name: str | None, text: str) -> bool:
+    """Whether a part of a key is what a budget is about; ``EACH`` is about any name."""
+    return text != part(None) if name == EACH else text == part(name)
+
+
+def _covers(names: Names, wanted: Names) -> bool:
+    """Whether a budget keeps this counter."""
+    return all(
+        (name is None) == (want is None) and name in {want, EACH} for name, want in zip(names, wanted, strict=True)
     )
 
 
-def _rows(counter: BudgetKey, spent_nano: int, reserved_nano: int, now: datetime) -> Iterator[BudgetStatus]:
+def _narrowed(names: Names, only: Names) -> Names | None:
+    """Return what of a budget is about the names asked for; None: nothing."""
+    tenant, workflow, provider = (
+        want if name == EACH and want is not None else name for name, want in zip(names, only, strict=True)
+    )
+    narrowed = (tenant, workflow, provider)
+    return narrowed if all(want in {None, name} for name, want in zip(narrowed, only, strict=True)) else None
+
+
+def _described(per: Per, names: Names, *, hard: bool) -> str:
+    kinds = ("tenant", "workflow", "provider")
+    scope = [f" of {kind} {name}" for kind, name in zip(kinds, names, strict=True) if name is not None]
+    return f"{'hard' if hard else 'soft'} budget per {per}{''.join(scope)}"
+
+
+def _rows(counter: BudgetKey, values: Sequence[bytes | None], now: datetime) -> Iterator[BudgetStatus]:
     window, resets_at = window_at(now, counter.per)
-    for hard, limit_nano in ((True, counter.hard_nano), (False, counter.soft_nano)):
-        if limit_nano is not None:
-            yield BudgetStatus(
-                per=counter.per,
-                tenant=counter.tenant,
-                workflow=counter.workflow,
-                provider=counter.provider,
-                hard=hard,
-                limit_usd=usd_of(limit_nano),
-                spent_usd=usd_of(spent_nano),
-                reserved_usd=usd_of(reserved_nano),
-                left_usd=usd_of(limit_nano - spent_nano - reserved_nano),
-                window=window,
-                resets_at=resets_at,
-            )
+    spent_nano, reserved_nano, *limits = values
+    used_nano = _count(spent_nano) + _count(reserved_nano)
+    set_limits = dict(zip(SET_FIELDS, limits, strict=True))
+    for hard, configured_nano in ((True, counter.hard_nano), (False, counter.soft_nano)):
+        if configured_nano is None:
+            continue
+        found = set_limit_in(set_limits, "hard" if hard else "soft", now)
+        limit_nano = configured_nano if found is None else nano_of(found.limit_usd)
+        yield BudgetStatus(
+            per=counter.per,
+            tenant=counter.tenant,
+            workflow=counter.workflow,
+            provider=counter.provider,
+            hard=hard,
+            limit_usd=usd_of(limit_nano),
+            spent_usd=usd_of(_count(spent_nano)),
+            reserved_usd=usd_of(_count(reserved_nano)),
+            left_usd=usd_of(limit_nano - used_nano),
+            window=window,
+            resets_at=resets_at,
+            configured_usd=usd_of(configured_nano),
+            set=found,
+        )
 
 
 def _count(text: bytes | None) -> int:

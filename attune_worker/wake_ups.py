@@ -77,7 +77,11 @@ def _producer(app: Celery) -> Iterator[Any]:
         url = masked(app.attune_settings.broker)
         root = error.__cause__ or error  # Kombu wraps what made it give up
         refused = isinstance(root, (ChannelError, ResponseError))
-        complaint = f"refused a command: {root}" if refused else f"cannot be reached ({type(root).__name__})"
+        seconds = app.conf.broker_connection_timeout
+        away = (
+            f"cannot be reached ({type(root).__name__}): tried again, with up to {seconds:g} s each; start it, or set "
+        )
+        complaint = f"refused a command: {root}" if refused else f"{away}ATTUNE_BROKER_URL"
         raise ServiceUnavailableError(
             f"the broker at {url} {complaint}; jobs that were accepted wait in Redis", url=url
         ) from error

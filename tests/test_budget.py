@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from attune_worker.budget import BudgetKey, Budgets, BudgetStatus, budgets_for, nano_of, usd_of, window_at
+from attune_worker.errors import ConfigurationError
 from attune_worker.sections import BudgetSettings
 from attune_worker.settings import Settings
 from attune_worker.store.keys import FleetKeys
@@ -205,3 +206,99 @@ def test_foreign_values_count_as_nothing_spent(
     rows = Budgets(with_budgets(budget(5), budget(5, per="month"), budget(1, tenant="*")), redis).status()
     assert [row.left_usd for row in rows] == [5, 5]
     assert redis.get(keys.budget(None, None, None, "day")) == b"foreign"
+
+
+def test_limit_that_was_set_is_shown_with_who_when_and_why(
+    redis: Redis, spend: Callable[..., None], with_budgets: Callable[..., Settings]
+) -> None:
+    """Beside the configured one; calls count on, and what is left is left of the new one."""
+    budgets = [budget(5, tenant="*"), budget(4, tenant="acme", hard=False)]
+    found = Budgets(with_budgets(*budgets), redis)
+    spend(counters(budgets, "acme"), 2 * NANO, NANO)
+    row = found.set_limit("day", ("acme", None, None), Decimal("7.5"), by="ada@host", reason="month's end")
+    assert (row.limit_usd, row.configured_usd, row.left_usd) == (Decimal("7.5"), 5, Decimal("6.5"))
+    assert row.set is not None
+    assert (row.set.by, row.set.reason, row.set.until) == ("ada@host", "month's end", row.resets_at)
+    assert row.set.at is not None
+    assert abs(datetime.now(UTC) - row.set.at) < timedelta(minutes=5)
+    [hard, soft] = found.status()
+    assert (hard, soft.set, soft.limit_usd) == (row, None, 4)
+    assert found.set_limit("day", ("acme", None, None), None).set is None
+
+
+def test_names_narrow_what_is_shown_also_to_what_was_never_used(
+    redis: Redis, spend: Callable[..., None], with_budgets: Callable[..., Settings]
+) -> None:
+    """Of a budget for each name, too; what is about others, or about everybody, is left out."""
+    budgets = [budget(5), budget(6, tenant="*"), budget(7, tenant="*", workflow="*"), budget(8, tenant="acme")]
+    found = Budgets(with_budgets(*budgets), redis)
+    for name in ("acme", "other"):
+        spend(counters(budgets, name), NANO)
+    assert [(row.tenant, row.workflow, row.limit_usd) for row in found.status("acme")] == [
+        ("acme", None, 8),
+        ("acme", "wf", 7),
+    ]
+    assert [row.limit_usd for row in found.status("new")] == [6]
+    assert [row.limit_usd for row in found.status("new", "flow")] == [7]
+    assert found.status(provider="anthropic") == []
+    long = "x" * 200
+    assert [row.tenant for row in found.status(long)] == [long]
+
+
+@pytest.mark.parametrize(
+    ("per", "names", "hard"),
+    [
+        ("month", ("acme", None, None), True),
+        ("day", ("acme", None, None), False),
+        ("day", (None, None, None), True),
+        ("day", ("acme", "wf", None), True),
+        ("day", ("*", None, None), True),
+    ],
+)
+def test_only_a_configured_limit_can_be_set(
+    redis: Redis, with_budgets: Callable[..., Settings], per: Any, names: Any, hard: bool
+) -> None:
+    """No worker would look at any other; the error says which there are."""
+    found = Budgets(with_budgets(budget(5, tenant="*")), redis)
+    with pytest.raises(ConfigurationError, match=r"configured: hard budget per day of tenant \*$"):
+        found.set_limit(per, names, Decimal(1), hard=hard)
+
+
+@pytest.mark.parametrize("amount", ["-1", "1000000.000000001", "nan", "inf", "-Infinity", "1e-10", "1e-400", "sNaN"])
+def test_amounts_that_make_no_sense_are_refused(
+    redis: Redis, with_budgets: Callable[..., Settings], amount: str
+) -> None:
+    """Nothing is written."""
+    found = Budgets(with_budgets(budget(5)), redis)
+    with pytest.raises(ConfigurationError, match="is not allowed"):
+        found.set_limit("day", (None, None, None), Decimal(amount))
+    assert found.status()[0].set is None
+
+
+@pytest.mark.parametrize("days", [-1, 3661])
+def test_time_that_is_over_or_too_far_is_refused(
+    redis: Redis, with_budgets: Callable[..., Settings], days: int
+) -> None:
+    """A limit that has ended before it began would be none."""
+    found = Budgets(with_budgets(budget(5)), redis)
+    with pytest.raises(ConfigurationError, match="a time to come"):
+        found.set_limit("day", (None, None, None), Decimal(1), until=datetime.now(UTC) + timedelta(days=days))
+
+
+def test_highest_limit_is_kept_exactly(redis: Redis, with_budgets: Callable[..., Settings]) -> None:
+    """A million dollars less a nano-dollar, and nothing at all."""
+    found = Budgets(with_budgets(budget(5)), redis)
+    for amount in ("999999.999999999", "1000000", "0", "0.000000001", "1E+3"):
+        row = found.set_limit("day", (None, None, None), Decimal(amount), until="for_good")
+        assert row.limit_usd == Decimal(amount)
+
+
+@pytest.mark.parametrize("value", ["x", "5", "5 1", "-5 0", "5 " + "9" * 30, "\xff 0"])
+def test_garbled_limit_is_not_shown(
+    redis: Redis, settings: Settings, with_budgets: Callable[..., Settings], value: str
+) -> None:
+    """People see what the scripts go by."""
+    key = FleetKeys(settings.namespace).budget(None, None, None, "day")
+    redis.hset(key, mapping={"hard_limit": value, "hard_ms": "x", "hard_by": b"\xff"})
+    [row] = Budgets(with_budgets(budget(5)), redis).status()
+    assert (row.limit_usd, row.set) == (5, None)

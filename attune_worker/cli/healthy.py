@@ -48,7 +48,8 @@ def healthy(file: Path, within: float) -> None:
     complaint = f"the worker has not taken messages for {age_seconds:.0f} s"
     if not broker_answers(settings):
         url = masked(settings.broker)
-        raise ServiceUnavailableError(f"{complaint}: the broker at {url} cannot be reached", url=url)
+        away = f"the broker at {url} cannot be reached within {BROKER_SECONDS:g} s; start it, or set ATTUNE_BROKER_URL"
+        raise ServiceUnavailableError(f"{complaint}: {away}", url=url)
     raise click.ClickException(f"{complaint}, though the broker answers")
 
 

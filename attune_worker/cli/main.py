@@ -16,14 +16,20 @@ from attune_worker.errors import AttuneError
 
 COMMANDS = {
     "auth": "attune_worker.cli.auth:auth",
+    "breaker": "attune_worker.cli.breaker:breaker",
+    "budget": "attune_worker.cli.budget:budget",
+    "completion": "attune_worker.cli.completion:completion",
     "costs": "attune_worker.cli.costs:costs",
+    "dashboard": "attune_worker.cli.dashboard:dashboard",
     "demo": "attune_worker.cli.demo:demo",
     "doctor": "attune_worker.cli.doctor:doctor",
     "healthy": "attune_worker.cli.healthy:healthy",
     "jobs": "attune_worker.cli.jobs:jobs",
+    "models": "attune_worker.cli.models:models",
     "routing": "attune_worker.cli.routing:routing",
     "run": "attune_worker.cli.run:run",
     "simulator": "attune_worker.cli.simulator:simulator",
+    "submit": "attune_worker.cli.submit:submit",
     "worker": "attune_worker.cli.worker:worker",
 }
 """Commands by name, and where each lives; its module is loaded when it is used."""
@@ -71,7 +77,10 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(version("attune-worker"), prog_name="attune-worker")
 def attune() -> None:
-    """Submit LLM jobs to a fleet of Celery workers, and run that fleet."""
+    """Submit LLM jobs to a fleet of Celery workers, and run that fleet.
+
+    Example: attune-worker submit summarize "A text that is too long." --wait
+    """
 
 
 def main() -> None:

@@ -77,14 +77,20 @@ def say(on: Console, text: object, *, lines: bool = False, style: str | None = N
     on.print(printable(text, lines=lines), markup=False, highlight=False, emoji=False, soft_wrap=True, style=style)
 
 
-def print_fitting(on: Console, rows: Rows) -> int:
-    """Print the widest table that fits, cutting nothing off, and return the rank of the columns that are in it."""
+def fitting(on: Console, rows: Rows) -> tuple[Table, int, int]:
+    """Return the widest table that fits, the rank of the columns that are in it, and its width."""
     ranks = sorted({0, *(column.rank for column in rows.columns)}, reverse=True)
     for rank in ranks:
         table = rows.table(rank)
         needed = on.measure(table, options=on.options.update(width=10_000)).maximum
         if not on.is_terminal or needed <= on.width:
             break
+    return table, rank, needed
+
+
+def print_fitting(on: Console, rows: Rows) -> int:
+    """Print the widest table that fits, cutting nothing off, and return the rank of the columns that are in it."""
+    table, rank, needed = fitting(on, rows)
     on.width = max(on.width, needed)  # a terminal breaks lines, and cuts no names off
     on.print(table)
     return rank

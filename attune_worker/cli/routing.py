@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
-from math import isnan
 from typing import Any
 
 import click
 from rich.console import Console
 
+from attune_worker.cli.number import Number
 from attune_worker.cli.output import Column, Rows, console, json_option, print_fitting, print_json, say
 from attune_worker.cli.printable import printable
 from attune_worker.jobs import Candidate, Decision
@@ -34,21 +34,11 @@ VERDICT_RANK = 1
 MAX_DIGITS = 6
 
 
-class _Number(click.FloatRange):
-    """A number within bounds; nan is none, although it is not outside of them either."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        found = super().convert(value, param, ctx)
-        if isnan(found):
-            self.fail(f"{value!r} is not a number", param, ctx)
-        return found
-
-
-_max_cost = click.option("--max-cost", type=_Number(min=0), metavar="USD", help="Most that a call may cost.")
+_max_cost = click.option("--max-cost", type=Number(min=0), metavar="USD", help="Most that a call may cost.")
 _max_latency = click.option(
     "--max-latency-ms", type=click.IntRange(min=1), metavar="MS", help="Most that 95 of 100 answers may take."
 )
-_floor = click.option("--min-success-rate", type=_Number(0, 1), metavar="RATE", help="Overrides the configured one.")
+_floor = click.option("--min-success-rate", type=Number(0, 1), metavar="RATE", help="Overrides the configured one.")
 
 
 @click.group()
@@ -74,7 +64,10 @@ def best(
     min_success_rate: float | None,
     as_json: bool,
 ) -> None:
-    """Print the model that is best for a stage by now."""
+    """Print the model that is best for a stage by now.
+
+    Example: attune-worker routing best code-review fix_bug --max-cost 0.02
+    """
     with _router() as router:
         decision = router.explain(workflow, stage, max_cost, max_latency_ms, min_success_rate)
     chosen = decision.candidates[decision.chosen]
@@ -102,7 +95,10 @@ def explain(
     min_success_rate: float | None,
     as_json: bool,
 ) -> None:
-    """Show every model with what is known of it in a stage, and what speaks against it."""
+    """Show every model with what is known of it in a stage, and what speaks against it.
+
+    Example: attune-worker routing explain code-review fix_bug
+    """
     with _router() as router:
         decision = router.explain(workflow, stage, max_cost, max_latency_ms, min_success_rate)
     if as_json:
@@ -117,7 +113,10 @@ def explain(
 @click.option("--days", type=click.IntRange(1, 35), default=7, show_default=True, help="Days to look back on (UTC).")
 @json_option
 def stats(workflow: str, stage: str | None, days: int, as_json: bool) -> None:
-    """Show how the calls of a workflow, or of one of its stages, went for each model."""
+    """Show how the calls of a workflow, or of one of its stages, went for each model.
+
+    Example: attune-worker routing stats code-review --days 30
+    """
     with _router() as router:
         found = router.get_routing_stats(workflow, stage, days)
     if as_json:
@@ -133,7 +132,10 @@ def stats(workflow: str, stage: str | None, days: int, as_json: bool) -> None:
 @click.argument("stage")
 @json_option
 def upgrade(workflow: str, stage: str, as_json: bool) -> None:
-    """Say whether a stage should use a stronger tier, and why."""
+    """Say whether a stage should use a stronger tier, and why.
+
+    Example: attune-worker routing upgrade code-review fix_bug
+    """
     with _router() as router:
         should, reason = router.recommend_tier_upgrade(workflow, stage)
     if as_json:

@@ -149,10 +149,17 @@ class CircuitBreaker:
         """Return how each circuit stands, as ``provider:tier``, or ``provider:*`` for the provider's own.
 
         Times are ISO 8601 in UTC. ``is_open``: calls are refused; ``forced``: the override, if any, laid over it
-        ``by`` somebody; ``probes``: calls that are finding out now. Raises ``ServiceUnavailableError``.
+        ``by`` somebody at ``forced_at``, and until ``forced_until`` (None: until ``reset``); ``reset_at``: somebody
+        closed it; ``probes``: calls that are finding out now; ``next_probe``: from when on another may. Raises
+        ``ServiceUnavailableError``.
         """
         found = self._shared.read(self._shared.names())
         return {f"{_label(provider)}:{_label(tier)}": _status(fields) for (provider, tier), fields in found.items()}
+
+    def circuits(self, provider: str | None = None) -> dict[Name, dict[str, Any]]:
+        """Return the same by provider and tier, of one provider or all, and with what the index may have lost."""
+        found = self._shared.read(sorted(self._all_of(provider), key=lambda name: (name[0], name[1] or "")))
+        return {name: _status(fields) for name, fields in found.items()}
 
     def reset(
         self,
@@ -336,12 +343,16 @@ def _status(fields: dict[str, bytes | int]) -> dict[str, Any]:
         "last_failure": _iso(text.get("last_failure_ms")),
         "last_success": _iso(text.get("last_success_ms")),
         "opened_at": _iso(text.get("opened_ms")),
+        "reset_at": _iso(text.get("reset_ms")),
         "retry_at": _iso(text.get("retry_ms")),
         "reason": text["reason"],
         "error": text.get("error"),
         "forced": override or None,
         "by": text["by"],
+        "forced_at": _iso(text.get("forced_ms")),
+        "forced_until": _iso(text.get("until_ms")),
         "probes": int(fields["probes"]),
+        "next_probe": _iso(text.get("probe_ms")),
     }
 
 

@@ -23,6 +23,9 @@ from attune_worker.settings import Settings, is_cluster, masked
 MAX_CONNECTIONS = 64
 """Per process, and node of a cluster. Commands take under a millisecond, so hundreds of threads share a few."""
 
+RETRIES = 3
+"""How often a command is sent again when the connection breaks or cannot be made."""
+
 CONNECTION_WAIT_SECONDS = 60.0
 """How long a thread waits for one of them. In a worker short of CPU a crowd of threads can need seconds to take
 turns; that says nothing about Redis, whose own timeout begins when a command is sent."""
@@ -55,7 +58,7 @@ def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Re
     timeout_seconds = settings.redis_timeout_seconds
     options: dict[str, Any] = {
         "retry": Retry(
-            ExponentialWithJitterBackoff(base=0.05, cap=0.5), 3, supported_errors=(exceptions.ConnectionError,)
+            ExponentialWithJitterBackoff(base=0.05, cap=0.5), RETRIES, supported_errors=(exceptions.ConnectionError,)
         ),
         "max_connections": max_connections,
         "timeout": CONNECTION_WAIT_SECONDS,
@@ -221,7 +224,7 @@ def reaching(settings: Settings) -> Iterator[None]:
         yield
     except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
         url = masked(settings.redis_url.get_secret_value())
-        raise ServiceUnavailableError(f"Redis at {url} {_complaint(_root_of(error))}", url=url) from error
+        raise ServiceUnavailableError(f"Redis at {url} {_complaint(_root_of(error), settings)}", url=url) from error
 
 
 def _root_of(error: BaseException) -> BaseException:
@@ -231,14 +234,23 @@ def _root_of(error: BaseException) -> BaseException:
     return error
 
 
-def _complaint(error: BaseException) -> str:
+def _complaint(error: BaseException, settings: Settings) -> str:
     for kinds, complaint in _COMPLAINTS:
         if isinstance(error, kinds):
-            return complaint.format(kind=type(error).__name__)
+            return complaint.format(kind=type(error).__name__, tried=_tried(error, settings))
     for kind, code, hint in _HINTS:
         if isinstance(error, kind) or code in str(error):
             return f"refused a command: {error} ({code}: {hint})"
     return f"refused a command: {error}"
+
+
+def _tried(error: BaseException, settings: Settings) -> str:
+    """Say what the system said of it, and how long and how often it was tried."""
+    if isinstance(error, exceptions.TimeoutError | TimeoutError):
+        return f": no answer within {settings.redis_timeout_seconds:g} s (redis_timeout_seconds)"
+    source = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+    said = f"{source.strerror}, " if isinstance(source, OSError) and source.strerror else ""
+    return f": {said}tried {RETRIES + 1} times with up to {settings.redis_timeout_seconds:g} s each"
 
 
 _Kinds = type[Exception] | tuple[type[Exception], ...]
@@ -248,7 +260,7 @@ _COMPLAINTS: Sequence[tuple[_Kinds, str]] = (
     (exceptions.BusyLoadingError, "is still loading its data; try again shortly"),
     (
         (exceptions.ConnectionError, exceptions.TimeoutError, OSError),
-        "cannot be reached ({kind}); start it, or set ATTUNE_REDIS_URL",
+        "cannot be reached ({kind}){tried}; start it, or set ATTUNE_REDIS_URL",
     ),
     (
         (exceptions.RedisClusterException, exceptions.ClusterError),

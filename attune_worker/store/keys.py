@@ -28,7 +28,9 @@ limits       hash    ``{ns}:limits:<provider>``         an hour after the last w
 limits       hash    ``{ns}:limits:<provider>:<model>`` as above, and longer than its cooldown
 slots        zset    ``{ns}:slots:<provider>``          a day after the last write; an entry counts until
                                                         the end of its call's lease, its score (ms)
-budget       hash    ``{ns}:budget:<tenant>:<workflow>:<provider>:<per>``  63 days after the last write
+budget       hash    ``{ns}:budget:<tenant>:<workflow>:<provider>:<per>``  63 days after the last write, or a
+                                                        day longer than a limit that was set; none while
+                                                        one is set for good, which must not lapse
 call         hash    ``{ns}:call:<id>``                 none while it is under way; then ``retention_seconds``,
                                                         at least ten minutes: until then a second one is
                                                         known for one

@@ -6,7 +6,6 @@ from io import StringIO
 
 import click
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -94,15 +93,6 @@ def test_an_error_obeys_nothing_that_is_in_it():
     """A provider's words in an error reach the terminal of whoever runs a command; its lines stay lines."""
     told = Failure(AttuneError(f"worker ended:\n{HOSTILE}")).format_message()
     assert told == f"worker ended:\n{printable(HOSTILE)}"
-
-
-@pytest.mark.parametrize("words", [words for words, _ in commands(attune)], ids=" ".join)
-def test_every_command_says_what_it_is_for_and_gives_an_example(words):
-    """``--help`` of each, down to the last subcommand of the groups that have one of their own."""
-    ran = CliRunner().invoke(attune, [*words, "--help"])
-    assert ran.exit_code == 0
-    if words[0] in {"jobs", "costs", "doctor"} or len(words) == 1:
-        assert f"Example: attune-worker {' '.join(words)}" in " ".join(ran.output.split())
 
 
 def test_every_command_of_the_table_is_there():

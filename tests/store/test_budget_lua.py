@@ -26,6 +26,8 @@ for index, step in ipairs(cjson.decode(ARGV[1])) do
   local at = step.at or now
   if step.settled then
     answers[index] = budget_settle(KEYS[1], at, step.settled)
+  elseif step.set then
+    answers[index] = budget_set(KEYS[1], at, step.set)
   else
     local look = budget_look(KEYS[1], at, step.want)
     if look.allowed and step.take then
@@ -48,7 +50,7 @@ def ms(at: datetime) -> int:
 
 
 class Budget:
-    """Runs steps in one go: ``{at, want, take}`` (a look, and perhaps a take) or ``{at, settled}``."""
+    """Runs steps in one go: ``{at, want, take}`` (a look, and perhaps a take), ``{at, settled}`` or ``{at, set}``."""
 
     def __init__(self, redis: RedisClient, namespace: str) -> None:
         self.redis = redis
@@ -69,6 +71,11 @@ class Budget:
         if cost_nano is not None:
             told["cost_nano"] = cost_nano
         return bool(self.run({"at": ms(at), "settled": told})[0])
+
+    def set(self, limit_nano: int | None, at: datetime = NOON, *, hard: bool = True, **wish: Any) -> int:
+        told = {"per": "day", "hard": hard, "limit_nano": limit_nano, "by": "ada@host", "reason": "why", **wish}
+        told = {name: value for name, value in told.items() if value is not None}
+        return int(self.run({"at": ms(at), "set": told})[0])
 
     def counted(self, window: str = DAY) -> tuple[int, int]:
         """What is spent and what is reserved."""
@@ -264,7 +271,146 @@ def test_look_changes_nothing(budget: Budget) -> None:
     assert not budget.redis.exists(budget.key)
 
 
+FOR_GOOD = {"until_ms": 0}
+
+
+def test_limit_that_was_set_holds_from_the_next_call_on(budget: Budget) -> None:
+    """Higher and lower than the configured one of 1000, and back; what was counted stays."""
+    assert budget.admit(600)["allowed"]
+    budget.set(2000)
+    assert budget.admit(1400)["allowed"]
+    assert budget.admit(1)["left_nano"] == "0"
+    budget.set(None)
+    assert budget.admit(1)["left_nano"] == "-1000"
+    assert budget.counted() == (0, 2000)
+    assert {name for name in budget.redis.hgetall(budget.key) if b"hard" in name} == set()
+
+
+def test_limit_below_what_is_spent_refuses_at_once_and_loses_no_reservation(budget: Budget) -> None:
+    """Calls under way settle as they would; only what is free still goes."""
+    budget.admit(600)
+    budget.settle(600, 600)
+    budget.admit(300)
+    budget.set(100, **FOR_GOOD)
+    refused = budget.admit(1)
+    assert (refused["allowed"], refused["reason"], refused["left_nano"]) == (False, "budget", "-800")
+    assert budget.admit(0)["allowed"]
+    budget.settle(300, 250)
+    assert budget.counted() == (850, 0)
+
+
+def test_limit_lasts_until_the_window_ends_unless_it_is_to_last_longer(budget: Budget) -> None:
+    """The next day has the configured limit again, or the one that was set for good."""
+    tomorrow = NOON + timedelta(days=1)
+    assert budget.set(50) == ms(datetime(2026, 11, 24, tzinfo=UTC))
+    assert not budget.admit(51)["allowed"]
+    assert budget.admit(1000, at=tomorrow)["allowed"]
+    budget.set(50, **FOR_GOOD)
+    assert not budget.admit(51, at=tomorrow + timedelta(days=1))["allowed"]
+
+
+def test_limit_with_an_end_says_when_there_is_room_again(budget: Budget) -> None:
+    """The lower limit's end, not the window's; and that a call fits then, it is not too small."""
+    ends = NOON + timedelta(hours=1)
+    budget.set(50, until_ms=ms(ends))
+    refused = budget.admit(51)
+    assert (refused["reason"], refused["resets_at"]) == ("budget", ms(ends))
+    assert budget.admit(1001)["reason"] == "budget_too_small"
+    assert budget.admit(51, at=ends)["allowed"]
+    budget.set(50, **FOR_GOOD)
+    assert budget.admit(51)["reason"] == "budget_too_small"
+
+
+def test_higher_limit_that_ends_promises_nothing_for_the_next_window(budget: Budget) -> None:
+    """A call that only fits under it is told that waiting will not help."""
+    budget.set(2000)
+    budget.admit(1500)
+    budget.settle(1500, 1500)
+    refused = budget.admit(1200)
+    assert (refused["reason"], refused["resets_at"]) == ("budget_too_small", ms(datetime(2026, 11, 24, tzinfo=UTC)))
+
+
+def test_hard_and_soft_limits_are_set_apart(budget: Budget) -> None:
+    """Each kind has its own; a soft one that is set warns anew."""
+    budget.set(300, hard=False)
+    assert budget.admit(400)["allowed"]
+    assert budget.settle(400, 400, limit_nano=800) is True
+    assert budget.settle(0, 10, limit_nano=800) is False
+    budget.set(500, hard=False)
+    assert budget.settle(0, 10, limit_nano=800) is False
+    assert budget.settle(0, 100, limit_nano=800) is True
+    assert budget.settle(0, 10) is False  # no soft limit is configured, so there is none
+    assert budget.admit(10)["left_nano"] == "470"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "x", "5", "-5 0", "5 -1", "5.5 0", "1e3 0", "nan 0", "5 nan", "5 0 0", " 5 0", "5 " + "9" * 30, "5 1"],
+)
+def test_garbled_limit_is_none(budget: Budget, value: str) -> None:
+    """The configured one holds, no script fails, and nothing keeps the key for ever."""
+    budget.redis.hset(budget.key, mapping={"hard_limit": value, "soft_limit": value})
+    assert budget.admit(10)["left_nano"] == "1000"
+    assert budget.settle(10, 10, limit_nano=5) is True
+    assert 0 < budget.redis.ttl(budget.key) <= TTL_SECONDS
+
+
+def test_limit_for_good_does_not_lapse_with_its_key(budget: Budget) -> None:
+    """Neither by disuse nor by the calls that come after; one with an end goes a day after it, or with the window."""
+    budget.set(50, **FOR_GOOD)
+    assert budget.redis.ttl(budget.key) == -1
+    budget.admit(10)
+    budget.settle(10, 10)
+    budget.set(70, hard=False)
+    assert budget.redis.ttl(budget.key) == -1
+    now = datetime.now(UTC)
+    budget.set(50, at=now, until_ms=ms(now + timedelta(days=100)))
+    assert 100 * 86_400 < budget.redis.ttl(budget.key) <= 101 * 86_400
+    budget.set(None, at=now)
+    assert TTL_SECONDS - 60 < budget.redis.ttl(budget.key) <= TTL_SECONDS
+
+
+def test_setting_a_limit_twice_is_setting_it_once(budget: Budget) -> None:
+    """The script may be sent again when a connection breaks; a foreign value under the key is replaced."""
+    budget.redis.set(budget.key, "foreign")
+    budget.set(50)
+    once = budget.redis.hgetall(budget.key)
+    budget.set(50)
+    assert budget.redis.hgetall(budget.key) == once
+    assert budget.set(None) == budget.set(None)
+
+
+def test_limits_that_change_while_fifty_threads_spend_are_never_passed(budget: Budget) -> None:
+    """Nobody is let go beyond the limit of that moment, and in the end every nano-dollar is accounted for."""
+    highest, lowest = 9_000, 2_000
+
+    def spend(thread: int) -> int:
+        charged = 0
+        for number in range(8):
+            if thread == 0:
+                budget.set(lowest if number % 2 else highest, **FOR_GOOD)
+                continue
+            amount = 37 + thread
+            verdict = budget.admit(amount, 5_000)
+            if verdict["allowed"]:
+                assert int(verdict["left_nano"]) >= amount
+                spent, reserved = budget.counted()
+                assert spent + reserved <= highest
+                budget.settle(amount, amount - number % 3)
+                charged += amount - number % 3
+        return charged
+
+    with ThreadPoolExecutor(50) as pool:
+        total = sum(pool.map(spend, range(50)))
+    assert budget.counted() == (total, 0)
+    budget.set(total, **FOR_GOOD)
+    assert not budget.admit(1)["allowed"]
+    budget.set(total + 1, **FOR_GOOD)
+    assert budget.admit(1)["allowed"]
+
+
 CALLS = st.lists(st.tuples(st.integers(0, 400), st.none() | st.integers(0, 400), st.booleans()), max_size=25)
+CHANGES = st.lists(st.integers(0, 2000) | st.none(), min_size=25, max_size=25)
 
 
 @hypothesis_settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -286,6 +432,26 @@ def test_counters_equal_a_recount_and_never_pass_the_limit(
             spent, reserved = spent + charged, reserved - amount
         assert budget.counted() == (spent, reserved)
         assert spent + reserved <= limit
+
+
+@hypothesis_settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(limit=st.integers(0, 2000), calls=CALLS, changes=CHANGES)
+def test_a_call_is_allowed_by_the_limit_of_its_moment(
+    budget: Budget, limit: int, calls: list[tuple[int, int | None, bool]], changes: list[int | None]
+) -> None:
+    """However the limit moves between calls, counters stay a recount, and nothing goes below 0."""
+    budget.redis.delete(budget.key)
+    spent = reserved = 0
+    for (amount, _, settles), change in zip(calls, changes, strict=False):
+        budget.set(change)
+        allowed = budget.admit(amount, limit)["allowed"]
+        assert allowed is (amount == 0 or spent + reserved + amount <= (limit if change is None else change))
+        if allowed and settles:
+            budget.settle(amount, amount)
+            spent += amount
+        elif allowed:
+            reserved += amount
+        assert budget.counted() == (spent, reserved)
 
 
 def test_fifty_threads_do_not_overspend_by_a_nano_dollar(budget: Budget) -> None:

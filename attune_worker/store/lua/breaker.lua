@@ -318,7 +318,7 @@ local function breaker_settle(key, now, result, rules)
     return breaker_open(circuit, now, result, rules, circuit.reopens + 1, reason)
   end
   local changes = breaker_success(circuit, now, breaker_word(result.worker))
-  for _, name in ipairs({ 'opened_ms', 'opened_by', 'retry_ms', 'reopens', 'reason', 'error' }) do
+  for _, name in ipairs({ 'opened_ms', 'opened_by', 'retry_ms', 'reopens', 'reason', 'error', 'reset_ms', 'reset_by', 'reset_reason' }) do
     changes[name] = false
   end
   breaker_become(circuit, now, 'closed', changes)

@@ -45,7 +45,7 @@ ARGUMENTS = {
     ("breaker", "trip"): ["anthropic"],
     ("breaker", "override"): ["open", "anthropic"],
     ("budget", "set"): ["1", "--per", "day"],
-    ("costs", "estimate"): ["summarize", "a text"],
+    ("costs", "estimate"): ["--task-type", "summarize", "--prompt", "a text"],
     ("jobs", "show"): ["some-id"],
     ("jobs", "cancel"): ["some-id"],
     ("jobs", "retry"): ["some-id"],

@@ -49,7 +49,7 @@ def blocks(language: str) -> list[Block]:
 
 def command_lines() -> list[str]:
     """Return every ``attune-worker …`` that a page tells its reader to type."""
-    lines = [line.partition(" #")[0].strip() for block in blocks("bash") for line in block.text.splitlines()]
+    lines = [re.split(" [#>] ", line)[0].strip() for block in blocks("bash") for line in block.text.splitlines()]
     return sorted({line for line in lines if line.startswith("attune-worker ")})
 
 

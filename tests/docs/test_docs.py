@@ -19,6 +19,7 @@ from attune_worker.sections import (
     AuthSettings,
     BreakerSettings,
     BudgetSettings,
+    CredentialSettings,
     HttpSettings,
     LedgerSettings,
     LimitSettings,
@@ -228,6 +229,7 @@ def test_the_reference_has_every_task_type_in_its_tier():
 SECTIONS: dict[str, type[Section | Settings]] = {
     "General": Settings,
     "providers": ProviderSettings,
+    "credentials": CredentialSettings,
     "models": ModelSettings,
     "retry": RetrySettings,
     "http": HttpSettings,

@@ -138,6 +138,10 @@ def _no_float_dust(value: object) -> object:
     return str(value) if isinstance(value, float) else value
 
 
+def _nobodys_wish(mode: AuthMode | None) -> AuthMode | None:
+    return None if mode is AuthMode.AUTO else mode  # so that both ways to wish for nothing are one job
+
+
 MaxCost = Annotated[
     Usd, BeforeValidator(_no_float_dust), Field(ge=0, le=1_000_000, decimal_places=9), AfterValidator(_plain)
 ]
@@ -152,6 +156,9 @@ class Job(_Value):
     job. ``max_latency_ms`` bounds the time that 95 of 100 answers of the model take, and ``min_success_rate``
     (0 to 1) is what its stage should achieve on average; both go by what the fleet has seen there. Where no
     model meets them, the one that comes closest serves the job with ``best_effort``; without it the job fails.
+    ``auth_mode`` is how its calls are to be paid for, where the auth strategy should not say; ``spill_to_api`` says
+    whether it may go by a key that is paid by the token when it was to go by a subscription that has no quota left
+    (None: as the settings say). ``module_lines`` is the size of the module it is about, for the strategy.
     ``priority`` runs from 0 (first) to 9 (last). ``deadline_seconds`` counts from submission.
     ``idempotency_key`` makes submission repeatable: same tenant, same key, same job.
     ``metadata`` is any JSON object; it comes back with the result and is never sent to a provider.
@@ -181,6 +188,9 @@ class Job(_Value):
     user_id: Name | None = None
     session_id: Name | None = None
     idempotency_key: Name | None = None
+    auth_mode: Annotated[AuthMode | None, AfterValidator(_nobodys_wish)] = None
+    spill_to_api: bool | None = None
+    module_lines: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     priority: int = Field(default=5, ge=0, le=9)
     deadline_seconds: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_SECONDS, allow_inf_nan=False)
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
@@ -310,7 +320,8 @@ class Attempt(_Value):
 
     ``cost_usd`` is None where it is not known: the model has no known price, or the connection broke
     and the provider may or may not have charged for the call. ``call_id`` names the call in Redis and in the ledger.
-    ``orphaned``: its worker died before it said how the call went.
+    ``orphaned``: its worker died before it said how the call went. ``auth_mode`` says how it was paid for, and
+    ``credential`` by which of the provider's keys (None: not recorded); a call by subscription costs 0.
     ``decision`` says how its model was chosen; None: the calls before it had failed.
     """
 
@@ -324,6 +335,8 @@ class Attempt(_Value):
     status: int | None = None
     request_id: str | None = None
     call_id: str | None = None
+    auth_mode: AuthMode = AuthMode.API
+    credential: str | None = None
     decision: Decision | None = None
 
 
@@ -339,7 +352,8 @@ class JobResult(_Value):
     """How a job ended. ``usage`` and ``cost_usd`` are None where they are not known, which is not 0.
 
     ``cost_usd`` adds up what is known of all attempts.
-    ``latency_ms`` is the time of the call that answered, ``queue_ms`` from submission to the start.
+    ``latency_ms`` is the time of the call that answered, ``queue_ms`` from submission to the start. ``auth_mode`` is
+    how the answer was paid for.
     """
 
     job_id: str

@@ -18,6 +18,7 @@ from redis.exceptions import ResponseError
 
 from attune_worker.budget import usd_of
 from attune_worker.jobs import NANO_USD
+from attune_worker.sections import DEFAULT_CREDENTIAL
 from attune_worker.settings import Settings
 from attune_worker.store.connection import RedisClient, close_idle, connect, reaching
 from attune_worker.store.keys import FleetKeys, part
@@ -50,7 +51,8 @@ class LedgerRecord:
     that the call could cost (None: no price is known), is what budgets count. ``expected_usd`` is what it should have
     cost, going by the calls before it. ``time`` is when the call was admitted,
     ``written`` when the record was. ``corrects_orphan``: it takes the place of an earlier record of the same call.
-    ``request_id`` is the provider's, ``status`` that of the HTTP answer of a call that failed.
+    ``request_id`` is the provider's, ``status`` that of the HTTP answer of a call that failed. ``mode`` says how the
+    call was paid for, ``credential`` by which of the provider's keys: by subscription it cost 0.
     """
 
     call_id: str
@@ -62,6 +64,7 @@ class LedgerRecord:
     model_id: str
     tier: str
     mode: str
+    credential: str = DEFAULT_CREDENTIAL
     outcome: str
     error: str | None
     cost_usd: Decimal | None
@@ -102,6 +105,7 @@ class LedgerRecord:
             model_id=texts["model"],
             tier=texts["tier"],
             mode=texts["mode"],
+            credential=_text(fields, "credential") if "credential" in fields else DEFAULT_CREDENTIAL,
             outcome=outcome,
             error=_text(fields, "error") if "error" in fields else None,
             cost_usd=_usd(counts["cost_nano"]),

@@ -79,7 +79,8 @@ class Settled:
 
     def told(self, provider: ProviderSettings, limits: LimitSettings) -> dict[str, Any]:
         """Return what ``limits_settle`` is told."""
-        seen = asdict(self.observed) if self.observed is not None and limits.learn else {}
+        learned = self.observed if limits.learn else None
+        seen = {} if learned is None else {"requests": learned.requests, "tokens": learned.tokens}
         fields = {
             "call": self.call_id,
             "reserved_tokens": self.reserved_tokens,
@@ -88,7 +89,7 @@ class Settled:
             "admitted_ms": self.admitted_ms,
             "cooldown_ms": None if self.cooldown_seconds is None else ceil(self.cooldown_seconds * 1000),
             "reason": self.reason,
-            "observed": {name: _told(allowance) for name, allowance in seen.items() if allowance} or None,
+            "observed": {name: _told(asdict(allowance)) for name, allowance in seen.items() if allowance} or None,
         }
         return _told(_rules(provider, limits) | fields)
 

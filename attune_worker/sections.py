@@ -17,6 +17,9 @@ from attune_worker.jobs import ModelTier, Name
 
 PROVIDER_GROUP = "attune_worker.providers"
 
+DEFAULT_CREDENTIAL = "default"
+"""The name of the key in a provider's ``api_key``."""
+
 
 class Section(BaseModel):
     """One table."""
@@ -24,11 +27,44 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
+class CredentialSettings(Section):
+    """A further key of a provider, or the bearer token of a subscription to it.
+
+    ``secret`` is the key or token itself, or ``env:NAME`` to read it from the environment. Of a subscription's quota
+    windows the share ``keep_free`` is left to others; the share ``burst`` may be used at once, and the rest is spread
+    evenly until the window ends (1: it is not).
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    mode: Literal["api", "subscription"] = "api"
+    secret: SecretStr
+    keep_free: float = Field(default=0.0, ge=0, lt=1)
+    burst: float = Field(default=0.25, gt=0, le=1)
+
+    @field_validator("name")
+    @classmethod
+    def _is_not_taken(cls, name: str) -> str:
+        if name == DEFAULT_CREDENTIAL:
+            raise ValueError(f"{DEFAULT_CREDENTIAL!r} is the name of the key in api_key; choose another")
+        return name
+
+    @model_validator(mode="after")
+    def _only_quotas_are_kept_free(self) -> Self:
+        if self.mode == "api" and (self.keep_free, self.burst) != (0.0, 0.25):
+            raise ValueError('keep_free and burst are of a quota, so they need mode = "subscription"')
+        return self
+
+    def key(self, environ: Mapping[str, str] = os.environ) -> str | None:
+        """Return the key or token itself, or None when there is none (yet)."""
+        return _read_secret(self.secret, environ)
+
+
 class ProviderSettings(Section):
     """One place that serves models.
 
     ``api_key`` is a key, or ``env:NAME`` to read it from the environment; a server that needs none
-    has none. ``price_list`` names the provider whose published prices apply (default: the provider's
+    has none. It is the credential named "default", beside those in ``credentials``.
+    ``price_list`` names the provider whose published prices apply (default: the provider's
     own name, else its address, where the price library knows it). The fleet together sends no more
     than ``requests_per_minute`` and ``tokens_per_minute``, and has no more than ``concurrency`` calls
     in flight; without them it keeps to what the provider's own headers say.
@@ -37,6 +73,7 @@ class ProviderSettings(Section):
     kind: str
     base_url: str
     api_key: SecretStr | None = None
+    credentials: tuple[CredentialSettings, ...] = Field(default=(), max_length=16)
     price_list: str | None = None
     requests_per_minute: int | None = Field(default=None, gt=0)
     tokens_per_minute: int | None = Field(default=None, gt=0)
@@ -60,21 +97,30 @@ class ProviderSettings(Section):
             raise ValueError("a base URL holds no user or password; a key belongs in api_key")
         return url.rstrip("/")
 
+    @field_validator("credentials")
+    @classmethod
+    def _have_names_of_their_own(cls, credentials: tuple[CredentialSettings, ...]) -> tuple[CredentialSettings, ...]:
+        names = [credential.name for credential in credentials]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two of them are named {twice!r}; each needs a name of its own")
+        return credentials
+
     def key(self, environ: Mapping[str, str] = os.environ) -> str | None:
         """Return the API key itself, or None when there is none (yet)."""
-        if self.api_key is None:
-            return None
-        value = self.api_key.get_secret_value()
-        if value.startswith("env:"):
-            value = environ.get(value.removeprefix("env:"), "")
-        key = value.strip()  # keys that were read from files end in a line break
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError("the API key holds characters that no HTTP header can carry; is it the real one?")
-        return key or None
+        return None if self.api_key is None else _read_secret(self.api_key, environ)
+
+    def keys(self, environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+        """Return the secret of each credential that is there, by name; None: the server needs no key."""
+        found = {one.name: key for one in self.credentials if (key := one.key(environ)) is not None}
+        default = self.key(environ)
+        if default is not None or (self.api_key is None and not self.credentials):
+            return {DEFAULT_CREDENTIAL: default, **found}
+        return dict(found)
 
     def usable(self, environ: Mapping[str, str] = os.environ) -> bool:
         """Whether calls can be made: no key is needed, or there is one."""
-        return self.api_key is None or self.key(environ) is not None
+        return bool(self.keys(environ))
 
 
 class ModelSettings(Section):
@@ -245,6 +291,16 @@ class LedgerSettings(Section):
 def provider_kinds() -> tuple[str, ...]:
     """Return the wire formats that are installed, without loading any of them."""
     return tuple(sorted({point.name for point in entry_points(group=PROVIDER_GROUP)}))
+
+
+def _read_secret(secret: SecretStr, environ: Mapping[str, str]) -> str | None:
+    value = secret.get_secret_value()
+    if value.startswith("env:"):
+        value = environ.get(value.removeprefix("env:"), "")
+    key = value.strip()  # keys that were read from files end in a line break
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("the API key holds characters that no HTTP header can carry; is it the real one?")
+    return key or None
 
 
 def with_scheme(url: SecretStr, *schemes: str) -> SecretStr:

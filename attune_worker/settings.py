@@ -30,6 +30,7 @@ from attune_worker.sections import (
     AuthSettings,
     BreakerSettings,
     BudgetSettings,
+    CredentialSettings,
     HttpSettings,
     LedgerSettings,
     LimitSettings,
@@ -187,10 +188,12 @@ class Settings(BaseSettings):
 
     def _check_keys(self, environ: Mapping[str, str]) -> None:
         for name, provider in self.providers.items():
-            try:
-                provider.key(environ)
-            except ValueError as error:
-                raise ConfigurationError(f"providers.{name}.api_key: {error}") from None
+            places = {"api_key": provider} | {f"credentials.{one.name}.secret": one for one in provider.credentials}
+            for place, holder in places.items():
+                try:
+                    holder.key(environ)
+                except ValueError as error:
+                    raise ConfigurationError(f"providers.{name}.{place}: {error}") from None
 
     @property
     def broker(self) -> str:
@@ -301,6 +304,8 @@ def _origin(keys: list[str], path: str, in_environ: Mapping[str, Any]) -> str:
 
 def _unknown_key(keys: list[str]) -> str:
     section: type[BaseModel] = _SECTIONS.get(keys[0], Settings) if len(keys) > 1 else Settings
+    if section is ProviderSettings and "credentials" in keys[2:-1]:
+        section = CredentialSettings
     close = get_close_matches(keys[-1], section.model_fields, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(section.model_fields)}"
     return f"unknown key; {hint}"

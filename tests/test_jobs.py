@@ -284,3 +284,10 @@ def test_numbers_of_tokens_are_never_negative() -> None:
     """A negative count would pay the caller."""
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         Usage(input_tokens=-1)
+
+
+def test_wish_for_nothing_in_particular_is_none() -> None:
+    """``auto`` is what a job without the field means, so both are the same job, also by their idempotency key."""
+    fields = {"task_type": "summarize", "prompt": "?"}
+    assert Job.parse({**fields, "auth_mode": "auto"}) == Job.parse(fields)
+    assert Job.parse({**fields, "auth_mode": "subscription"}).to_json() != Job.parse(fields).to_json()

@@ -224,6 +224,49 @@ def test_key_is_read_from_the_variable_that_the_file_names() -> None:
     assert settings.providers["open"].usable({})
 
 
+CREDENTIAL = '[[providers.anthropic.credentials]]\nname = "a"\nsecret = "s"\n'
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        (CREDENTIAL.replace('"a"', '"default"'), ["credentials.0.name", "is the name of the key in api_key"]),
+        (CREDENTIAL.replace('"a"', '"a b"'), ["credentials.0.name", "pattern"]),
+        (CREDENTIAL + CREDENTIAL, ["credentials", "two of them are named 'a'"]),
+        (CREDENTIAL + "burst = 0.5", ["credentials.0", 'need mode = "subscription"']),
+        (CREDENTIAL + "keep_free = 0.5", ["credentials.0", 'need mode = "subscription"']),
+        (CREDENTIAL + 'mode = "subscription"\nkeep_free = 1', ["credentials.0.keep_free", "less than 1"]),
+        (CREDENTIAL + 'mode = "subscription"\nburst = 0', ["credentials.0.burst", "greater than 0"]),
+        (CREDENTIAL + 'mode = "auto"', ["credentials.0.mode", "'api' or 'subscription'"]),
+        (CREDENTIAL + "keep_fre = 0.1", ["credentials.0.keep_fre", "did you mean 'keep_free'"]),
+        ("".join(CREDENTIAL.replace('"a"', f'"a{n}"') for n in range(17)), ["credentials", "at most 16"]),
+        (CREDENTIAL.replace('"s"', '"s\\u0007"'), ["credentials.a.secret", "no HTTP header can carry"]),
+    ],
+)
+def test_bad_credential_is_one_line_that_says_why(tmp_path: Path, toml: str, words: list[str]) -> None:
+    """Which one, what is wrong with it, and nothing of its secret."""
+    file = tmp_path / "attune.toml"
+    file.write_text(toml)
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.load(file, {})
+    assert "\n" not in str(caught.value)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_credentials_come_from_file_and_environment(tmp_path: Path) -> None:
+    """Their secrets are read from the variables that they name, and are never shown."""
+    file = tmp_path / "attune.toml"
+    file.write_text(CREDENTIAL.replace('"s"', '"env:TEAM_TOKEN"') + 'mode = "subscription"\nkeep_free = 0.2\n')
+    provider = Settings.load(file, {}).providers["anthropic"]
+    assert provider.keys({"TEAM_TOKEN": f"{SECRET}\n", "ANTHROPIC_API_KEY": "k"}) == {"default": "k", "a": SECRET}
+    assert not provider.usable({})
+    environ = {"ATTUNE_PROVIDERS__OPENAI__CREDENTIALS": f'[{{"name": "b", "secret": "{SECRET}"}}]'}
+    settings = Settings.load(file, environ)
+    assert settings.providers["openai"].keys({}) == {"b": SECRET}
+    assert SECRET not in repr(settings)
+    assert Settings.model_validate(settings.model_dump()) == settings
+
+
 def test_default_providers_keep_what_was_not_replaced() -> None:
     """Changing one key of a known provider does not mean repeating the others, nor losing the other providers."""
     Path("attune.toml").write_text("[providers.anthropic]\nrequests_per_minute = 10")

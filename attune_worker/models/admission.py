@@ -21,6 +21,7 @@ from attune_worker.budget import BudgetKey
 from attune_worker.errors import ServiceUnavailableError
 from attune_worker.models import decisions
 from attune_worker.models.admission_wire import (
+    CREDENTIAL,
     FIRST_BUDGET,
     OF_CIRCUITS,
     WHY,
@@ -44,8 +45,8 @@ from attune_worker.store.scripts import Script
 
 logger = logging.getLogger(__name__)
 
-ADMIT = Script("admit", "values", "breaker", "limits", "budget")
-SETTLE = Script("settle", "values", "breaker", "limits", "budget", "telemetry", "ledger")
+ADMIT = Script("admit", "values", "breaker", "limits", "credentials", "budget")
+SETTLE = Script("settle", "values", "breaker", "limits", "credentials", "budget", "telemetry", "ledger")
 
 JOB_SECONDS = 0.5
 """When to ask again for a call of a job while Redis is away: its thread could begin nothing else either."""
@@ -60,7 +61,7 @@ CLOSE_SECONDS = 5.0
 """How long the end of a process may be put off by settlements that wait for Redis."""
 
 WITHOUT_REDIS_SECONDS = 5.0
-"""When to ask again for a call that only Redis can allow: one under a hard budget."""
+"""When to ask again for a call that only Redis can allow: one under a hard budget, or by subscription."""
 
 SOON_SECONDS = 0.1
 
@@ -189,13 +190,16 @@ class Admission:
         return permit
 
     def _own_verdict(self, request: Request, charged: Charged) -> Permit | Refusal:
-        """Decide without Redis, by what this process has seen: not for a job, nor against a hard budget."""
+        """Decide without Redis, by what this process has seen: not for a job, a hard budget or a subscription."""
         if self._unsettled.full:
             return Refusal("Redis is away, and no more settlements can be kept", WITHOUT_REDIS_SECONDS)
         if request.lease:  # should its worker die, nobody would know of the call
             return Refusal("Redis is away, and no call of a job is begun that it does not know of", JOB_SECONDS)
         waits = []
         for quote, budgets in zip(request.quotes, charged, strict=True):
+            if quote.credential.subscription:
+                waits.append(("a quota cannot be kept while Redis is away", WITHOUT_REDIS_SECONDS))
+                continue
             if any(one.hard_nano is not None for one in budgets):
                 waits.append(("a hard budget cannot be kept while Redis is away", WITHOUT_REDIS_SECONDS))
                 continue
@@ -254,12 +258,19 @@ class Admission:
             for (keys, _), answer in zip(dated, answers, strict=True):
                 self._report(keys, *answer)
 
-    @staticmethod
-    def _report(keys: Sequence[str], _: bytes, event: bytes, passed: Sequence[int], of_provider: bytes) -> None:
-        for key, change in ((keys[3], event), (keys[4], of_provider)):
+    def _report(
+        self, keys: Sequence[str], _: bytes, event: bytes, passed: Sequence[int], of_provider: bytes, key: bytes
+    ) -> None:
+        for circuit, change in ((keys[3], event), (keys[4], of_provider)):
             if change:
                 level = logging.INFO if change == b"closed" else logging.WARNING
-                logger.log(level, "circuit %s: %s", key.partition(":breaker:")[2], change.decode())
+                logger.log(level, "circuit %s: %s", circuit.partition(":breaker:")[2], change.decode())
+        name = keys[CREDENTIAL].partition(":credential:")[2]
+        if key == b"refused":
+            again = self._settings.auth.recheck_seconds
+            logger.warning("credential %s: its provider refused it; one call tries it again in %g s", name, again)
+        elif key:
+            logger.info("credential %s: its provider accepts it again", name)
         for place in passed:
             logger.warning("soft budget %s is used up", keys[FIRST_BUDGET + place])
 

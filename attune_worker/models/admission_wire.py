@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from typing import Any
 
 from attune_worker.budget import BudgetKey, budgets_for, nano_of, usd_of
-from attune_worker.jobs import Job, ModelTier
+from attune_worker.jobs import AuthMode, Job, ModelTier
 from attune_worker.limits import Settled, want
 from attune_worker.models.adaptive import place_of
 from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
+from attune_worker.models.credentials import DEFAULT, Credential
 from attune_worker.models.intent import Intent
 from attune_worker.models.registry import ModelInfo
 from attune_worker.models.task_types import get_tier_for_task
@@ -24,7 +26,10 @@ from attune_worker.telemetry.evidence import HALF_LIFE
 
 DAY_MS = 86_400_000
 
-FIRST_BUDGET = 16
+CREDENTIAL = 16
+"""Where the credential stands among SETTLE's keys."""
+
+FIRST_BUDGET = 17
 """Where the budgets begin among SETTLE's keys."""
 
 SETTLED_SECONDS = 600
@@ -59,6 +64,13 @@ class Wire:
             }
         )
         self._keys_of = lru_cache(maxsize=256)(self._keys_of_model)
+        self._quotas = {
+            (name, one.name): {"keep_free": one.keep_free, "burst": one.burst}
+            for name, provider in settings.providers.items()
+            for one in provider.credentials
+            if one.mode == "subscription"
+        }
+        self._recheck_ms = round(settings.auth.recheck_seconds * 1000)
         self._budgets_for = lru_cache(maxsize=4096)(partial(budgets_for, settings.budgets))
 
     def charged(self, request: Request) -> Charged:
@@ -80,25 +92,27 @@ class Wire:
         candidates = []
         for quote, budgets in zip(request.quotes, charged, strict=True):
             model, worst_nano = quote.model, _nano(quote.worst_usd)
-            keys += self._keys_of(model.provider, model.tier.value, model.id)
+            keys += self._keys_of(model.provider, model.tier.value, model.id, quote.credential.name)
+            keys.append(fleet.credential(model.provider, quote.credential.name))
             provider = self._settings.providers[model.provider]
             candidates.append(
                 {
                     "ref": model.ref,
-                    "intent": _intent(request.job_id, request.lease, request.job, model, budgets).kept(),
+                    "intent": _intent(request.job_id, request.lease, request.job, quote, budgets).kept(),
                     "want": want(provider, self._settings.limits, quote.tokens),
                     "budgets": [
                         {"key": places.setdefault(one.key(self._keys), len(places)), "want": one.want(worst_nano)}
                         for one in budgets
                     ],
                 }
-                | told(estimate_nano=worst_nano)
+                | told(estimate_nano=worst_nano, quota=self._quotas.get((model.provider, quote.credential.name)))
             )
         asked = {
             "call": request.call_id,
             "job": request.job_id,
             "worker": self._worker,
             "lease_ms": self._lease_ms,
+            "recheck_ms": self._recheck_ms,
             "candidates": candidates,
         } | told(lease=request.lease or None)
         return [*keys, *places], (f'{{"rules":{self._rules},{_json(asked)[1:]}',)
@@ -108,9 +122,11 @@ class Wire:
 
         Where nobody knew that clock when the call began, it began its latency before.
         """
-        model, job = permit.model, permit.job
+        model, job, credential = permit.model, permit.job, permit.credential
+        worth_usd = outcome.worth_usd if credential.subscription else outcome.cost_usd
+        outcome = _free_of_charge(outcome) if credential.subscription else outcome
         admitted_ms = permit.admitted_ms or ended_ms - outcome.latency_ms
-        intent = _intent(permit.job_id, permit.lease, job, model, permit.budgets)
+        intent = _intent(permit.job_id, permit.lease, job, permit.quote, permit.budgets)
         worst_nano, cost_nano = _nano(permit.quote.worst_usd), _nano(outcome.cost_usd)
         fields = {
             "ref": model.ref,
@@ -123,6 +139,7 @@ class Wire:
                 retry_after_ms=in_ms(outcome.retry_after),
             ),
             "limits": self._for_limits(permit, outcome),
+            "credential": self._for_credential(credential, permit.quote.tokens, outcome),
             "budgets": [one.settled("", worst_nano or 0, cost_nano) for one in permit.budgets],
         } | told(cost_nano=cost_nano, intent_ms=(permit.own_generation is None and permit.admitted_ms) or None)
         if outcome.outcome != "released":
@@ -135,7 +152,7 @@ class Wire:
                 kind=outcome.kind,
                 score=_score(job, model, outcome),
                 latency_ms=outcome.latency_ms,
-                cost_nano=cost_nano,
+                cost_nano=_nano(worth_usd),  # what routing learns must not depend on who had quota left
                 input=outcome.input_tokens,
                 output=outcome.output_tokens,
                 bytes=job.text_bytes if outcome.input_tokens else None,
@@ -147,12 +164,16 @@ class Wire:
     def orphan(self, call_id: str, intent: Intent, admitted_ms: int, worst_nano: int | None) -> Settlement:
         """Return SETTLE's keys and arguments for a call whose worker died; ``worst_nano`` is what it had reserved."""
         outcome = Outcome.orphaned()
+        credential = Credential(intent.credential, AuthMode(intent.mode))
+        if credential.subscription:
+            outcome = _free_of_charge(outcome)
         fields = {
             "ref": f"{intent.provider}/{intent.model_id}",
             "result": {"outcome": outcome.health},
             "limits": {},
+            "credential": self._for_credential(credential, 0, outcome),
             "budgets": [one.settled("", worst_nano or 0, None) for one in intent.budgets],
-        }
+        } | told(cost_nano=_nano(outcome.cost_usd))
         return self._settlement(call_id, intent, outcome, admitted_ms, worst_nano, fields)
 
     def _settlement(
@@ -185,7 +206,7 @@ class Wire:
             keys.call(call_id),
             keys.calls,
             keys.circuits,
-            *self._keys_of(intent.provider, intent.tier, intent.model_id),
+            *self._keys_of(intent.provider, intent.tier, intent.model_id, intent.credential),
             keys.stats(workflow, stage, day),
             keys.evidence(workflow, stage),
             keys.evidence(workflow),
@@ -194,6 +215,7 @@ class Wire:
             keys.ledger,
             keys.costs(day),
             keys.job_calls(intent.job_id),
+            keys.credential(intent.provider, intent.credential),
             *(one.key(keys) for one in intent.budgets),
         ], (
             f'{{"rules":{self._rules},"keep":{self._keep},{_json(fields)[1:]}',
@@ -215,13 +237,25 @@ class Wire:
         )
         return ended.told(self._settings.providers[permit.model.provider], self._settings.limits)
 
-    def _keys_of_model(self, provider: str, tier: str, model_id: str) -> tuple[str, ...]:
+    def _for_credential(self, credential: Credential, reserved_tokens: int, outcome: Outcome) -> dict[str, Any]:
+        """Return what ``credential_settle`` is told, besides what SETTLE knows; the default one's name goes unsaid."""
+        refused = told(error=outcome.error, status=outcome.status, recheck_ms=self._recheck_ms)
+        windows = outcome.observed.windows if outcome.observed is not None and credential.subscription else ()
+        return told(
+            name=None if credential.name == DEFAULT.name else credential.name,
+            quota=credential.subscription or None,
+            reserved_tokens=reserved_tokens if credential.subscription else None,
+            refused=refused if outcome.refused else None,
+            windows=[asdict(window) for window in windows] or None,
+        )
+
+    def _keys_of_model(self, provider: str, tier: str, model_id: str, credential: str) -> tuple[str, ...]:
         keys = self._keys
         return (
             keys.circuit(provider, tier),
             keys.circuit(provider, None),
             keys.limits(provider),
-            keys.limits(provider, model_id),
+            keys.limits(provider, model_id, credential),
             keys.slots(provider),
         )
 
@@ -229,7 +263,7 @@ class Wire:
 def refusal_of(request: Request, charged: Charged, now_ms: int, refusals: Sequence[Sequence[Any]]) -> Refusal:
     """Return the soonest wait among the refusals; where money is what every candidate lacks, the first one's."""
     waits = [
-        (at, f"{quote.model.ref}: {WHY.get(why, why.decode())}")
+        (at, f"{quote.name}: {WHY.get(why, why.decode())}")
         for quote, (kind, at, why, *_) in zip(request.quotes, refusals, strict=True)
         if kind == b"wait"
     ]
@@ -275,6 +309,11 @@ WHY = {
     b"requests_per_minute": "requests_per_minute is used up",
     b"tokens_per_minute": "tokens_per_minute is used up",
     b"concurrency": "all of its provider's slots are taken",
+    b"credential_refused": "its provider does not accept this key at the moment; it is tried again from time to time",
+    b"quota_used_up": "the subscription's quota is used up",
+    b"quota_paced": "the subscription's quota is spread evenly until it is back",
+    b"quota_reserved": "calls under way hold what the subscription's quota has left",
+    b"quota_unknown": "another call finds out what the subscription's quota has left",
     b"budget_reserved": "calls under way have reserved what a hard budget has left",
 }
 
@@ -300,9 +339,26 @@ def _score(job: Job, model: ModelInfo, outcome: Outcome) -> float | None:
     return 1.0 if outcome.kind == "success" and _RANK[model.tier] >= _RANK[tier] else None
 
 
-def _intent(job_id: str, lease: str, job: Job, model: ModelInfo, budgets: tuple[BudgetKey, ...]) -> Intent:
-    workflow, stage = place_of(job)
-    return Intent(job_id, lease, job.tenant, workflow, stage, model.provider, model.id, model.tier.value, budgets)
+def _free_of_charge(outcome: Outcome) -> Outcome:
+    """Return the outcome of a call by subscription: whatever became of it, it costs quota and no money."""
+    return replace(outcome, cost_usd=Decimal(0))
+
+
+def _intent(job_id: str, lease: str, job: Job, quote: Quote, budgets: tuple[BudgetKey, ...]) -> Intent:
+    (workflow, stage), model, credential = place_of(job), quote.model, quote.credential
+    return Intent(
+        job_id=job_id,
+        lease=lease,
+        tenant=job.tenant,
+        workflow=workflow,
+        stage=stage,
+        provider=model.provider,
+        model_id=model.id,
+        tier=model.tier.value,
+        budgets=budgets,
+        mode=credential.mode.value,
+        credential=credential.name,
+    )
 
 
 def _kept(outcome: Outcome) -> list[str | int]:

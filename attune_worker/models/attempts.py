@@ -7,11 +7,13 @@ from decimal import Decimal
 
 from attune_worker.budget import usd_of
 from attune_worker.errors import ProviderError, StoppedError
-from attune_worker.jobs import Attempt, Decision, Job
+from attune_worker.jobs import Attempt, AuthMode, Decision, Job
+from attune_worker.models.credentials import Credential
 from attune_worker.models.intent import Fields
 from attune_worker.models.pricing import cost
 from attune_worker.models.registry import ModelInfo
 from attune_worker.providers.base import Answer, Endpoint
+from attune_worker.sections import DEFAULT_CREDENTIAL
 
 REPEATED_CHARACTERS = 16
 """A provider's error message that shares this much with the prompt is taken to quote it."""
@@ -22,48 +24,37 @@ TELLING_CHARACTERS = 5
 
 def attempt_of(
     model: ModelInfo,
+    credential: Credential,
     outcome: Answer | ProviderError | StoppedError,
     latency_ms: int,
     call_id: str | None = None,
     decision: Decision | None = None,
 ) -> Attempt:
     """Return the record of a call that ended so, after ``latency_ms``."""
-    if isinstance(outcome, StoppedError):
-        return Attempt(
-            model_id=model.id,
-            provider=model.provider,
-            tier=model.tier,
-            outcome="failed",
-            error_type=outcome.type,
-            latency_ms=latency_ms,
-            call_id=call_id,
-            decision=decision,
-        )
-    if isinstance(outcome, ProviderError):
-        return Attempt(
-            model_id=model.id,
-            provider=model.provider,
-            tier=model.tier,
-            outcome="failed",
-            error_type=outcome.type,
-            latency_ms=latency_ms,
-            cost_usd=None if outcome.may_have_cost else Decimal(0),
-            status=outcome.status,
-            request_id=outcome.request_id,
-            call_id=call_id,
-            decision=decision,
-        )
+    error = None if isinstance(outcome, Answer) else outcome
     return Attempt(
         model_id=model.id,
         provider=model.provider,
         tier=model.tier,
-        outcome="succeeded",
+        outcome="failed" if error else "succeeded",
+        error_type=error.type if error else None,
         latency_ms=latency_ms,
-        cost_usd=cost(model, outcome.usage) if outcome.usage is not None else None,
-        request_id=outcome.request_id,
+        cost_usd=Decimal(0) if credential.subscription else _cost(model, outcome),
+        status=outcome.status if isinstance(outcome, ProviderError) else None,
+        request_id=None if isinstance(outcome, StoppedError) else outcome.request_id,
         call_id=call_id,
+        auth_mode=credential.mode,
+        credential=credential.name,
         decision=decision,
     )
+
+
+def _cost(model: ModelInfo, outcome: Answer | ProviderError | StoppedError) -> Decimal | None:
+    """Return what a call cost that was paid for by the token; None: nobody knows."""
+    if isinstance(outcome, Answer):
+        return cost(model, outcome.usage) if outcome.usage is not None else None
+    charged = isinstance(outcome, StoppedError) or outcome.may_have_cost
+    return None if charged else Decimal(0)
 
 
 def attempt_in(call_id: str, call: Fields) -> Attempt | None:
@@ -88,6 +79,8 @@ def attempt_in(call_id: str, call: Fields) -> Attempt | None:
                 "status": int(known["status"]) if "status" in known else None,
                 "request_id": known.get("request_id"),
                 "call_id": call_id,
+                "auth_mode": known.get("mode", AuthMode.API),
+                "credential": known.get("credential", DEFAULT_CREDENTIAL),
             }
         )
     except ValueError:  # gone, or not ours

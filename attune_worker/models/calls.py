@@ -7,24 +7,35 @@ from decimal import Decimal
 from typing import Self
 
 from attune_worker.budget import BudgetKey
-from attune_worker.errors import ProviderError, RateLimitedError, StoppedError
+from attune_worker.errors import CredentialError, ProviderError, RateLimitedError, StoppedError
 from attune_worker.jobs import Attempt, Job
+from attune_worker.models.credentials import DEFAULT, Credential
 from attune_worker.models.registry import ModelInfo
 from attune_worker.providers.base import Answer
 from attune_worker.providers.rate_headers import Observed
 
+PROXY_REFUSED = 407
+"""It is a proxy on the way that does not let the call pass, whatever the provider thinks of the key."""
+
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """A model that may be called: at most ``tokens`` of it, at worst for ``worst_usd`` (None: price unknown).
+    """A model that may be called by one of its provider's credentials.
 
-    ``expected_usd`` is what the call should cost, going by those before it.
+    The call takes at most ``tokens``, and costs at worst ``worst_usd`` (None: price unknown; by subscription: 0).
+    ``expected_usd`` is what it should cost, going by those before it.
     """
 
     model: ModelInfo
     tokens: int
     worst_usd: Decimal | None
+    credential: Credential = DEFAULT
     expected_usd: Decimal | None = None
+
+    @property
+    def name(self) -> str:
+        """The model, and the credential where it is not the default one, in words."""
+        return f"{self.model.ref}{'' if self.credential == DEFAULT else f' by {self.credential.name}'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,11 @@ class Permit:
         """The model that may be called."""
         return self.quote.model
 
+    @property
+    def credential(self) -> Credential:
+        """The credential by which it may be called."""
+        return self.quote.credential
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -83,6 +99,8 @@ class Outcome:
 
     ``health`` is what it says of the provider: success, failure or ignored. ``cost_usd`` is None where it is not
     known: then what was reserved counts as spent. ``status`` is that of an HTTP answer, ``request_id`` the provider's.
+    ``refused``: the provider does not accept the credential. ``worth_usd`` is what a call by subscription would have
+    cost by the token, where that is known.
     """
 
     outcome: str
@@ -99,6 +117,8 @@ class Outcome:
     cache_write_tokens: int | None = None
     status: int | None = None
     request_id: str | None = None
+    refused: bool = False
+    worth_usd: Decimal | None = None
 
     @property
     def kind(self) -> str:
@@ -138,6 +158,7 @@ class Outcome:
             error=outcome.type,
             retry_after=outcome.retry_after,
             rate_limited=isinstance(outcome, RateLimitedError),
+            refused=isinstance(outcome, CredentialError) and outcome.status != PROXY_REFUSED,
             observed=observed,
             status=attempt.status,
             request_id=attempt.request_id,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -17,7 +17,7 @@ from pydantic import JsonValue
 
 from attune_worker.errors import ProviderError, StoppedError
 from attune_worker.interruption import Interruption
-from attune_worker.jobs import Attempt, Job, ModelTier, Usage, total_cost
+from attune_worker.jobs import Attempt, AuthMode, Job, ModelTier, Usage, total_cost
 from attune_worker.models.adaptive import AdaptiveModelRouter
 from attune_worker.models.admission import Admission
 from attune_worker.models.calls import Permit, Refusal, Request
@@ -93,13 +93,17 @@ class EmpathyLLMExecutor:
         self,
         settings: Settings | None = None,
         registry: Registry | None = None,
+        recommend: Callable[[int], AuthMode] | None = None,
     ) -> None:
+        """``recommend`` says whether a job about a module of so many lines should go by a subscription."""
         self.settings = settings or get_settings()
         self.registry = registry or Registry.from_settings(self.settings)
         self.router = AdaptiveModelRouter(self.settings, self.registry)
         self._sender = HttpSender(self.settings.http)
         self._admission = Admission(self.settings)
-        self._caller = Caller(self.settings, self.registry, self.router, self._admission.settle_later)
+        self._caller = Caller(
+            self.settings, self.registry, self.router, self._admission.settle_later, recommend or _recommended
+        )
 
     def run(
         self,
@@ -240,6 +244,10 @@ class EmpathyLLMExecutor:
             self._admission.give_back(permit)
 
 
+def _recommended(module_lines: int) -> AuthMode:  # noqa: ARG001  # the strategy's signature
+    return AuthMode.API
+
+
 def _job(
     task_type: str, prompt: str, system: str | None, context: ExecutionContext | None, options: dict[str, Any]
 ) -> Job:
@@ -274,6 +282,7 @@ def _response(job: Job, answer: Answer, attempts: Sequence[Attempt]) -> LLMRespo
         latency_ms=last.latency_ms,
         finish_reason=answer.finish_reason,
         attempts=tuple(attempts),
+        auth_mode=last.auth_mode.value,
         request_id=answer.request_id,
         metadata=job.metadata,
     )

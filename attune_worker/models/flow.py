@@ -11,10 +11,12 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
+from itertools import islice
 from uuid import uuid4
 
 from attune_worker.errors import (
@@ -25,20 +27,33 @@ from attune_worker.errors import (
     ProviderError,
     StoppedError,
 )
-from attune_worker.jobs import Attempt, Decision, Job
+from attune_worker.jobs import Attempt, AuthMode, Decision, Job
 from attune_worker.models import decisions
 from attune_worker.models.adaptive import AdaptiveModelRouter, Ranking
 from attune_worker.models.attempts import attempt_of, located
 from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
-from attune_worker.models.policy import Failure, NextCall, next_call, seen_before
-from attune_worker.models.pricing import plain_cost, worst_case_cost
+from attune_worker.models.credentials import (
+    PLAIN,
+    Credential,
+    Resolved,
+    Ways,
+    Wish,
+    credentials_of,
+    endpoints_of,
+    keyless,
+    resolve,
+    spread,
+    wish_of,
+    without_silent_spill,
+)
+from attune_worker.models.policy import Failure, NextCall, in_turn, next_call, seen_before
+from attune_worker.models.pricing import cost, plain_cost, worst_case_cost
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.models.routing import Candidates, candidates, estimate_tokens, most_tokens, must_serve, output_limit
 from attune_worker.models.sizing import basis
 from attune_worker.providers import adapter
-from attune_worker.providers.base import Answer, ChatRequest, Endpoint, HttpRequest, HttpResponse, Provider
+from attune_worker.providers.base import Answer, ChatRequest, HttpRequest, HttpResponse, Provider
 from attune_worker.providers.rate_headers import observed
-from attune_worker.sections import ProviderSettings
 from attune_worker.settings import Settings
 from attune_worker.telemetry.views import StageView
 
@@ -126,21 +141,25 @@ class Caller:
         registry: Registry,
         router: AdaptiveModelRouter,
         abandon: Callable[[Permit, Outcome], None],
+        recommend: Callable[[int], AuthMode] | None = None,
     ) -> None:
-        """``abandon`` settles, without blocking, a call that was broken off in the middle."""
+        """``abandon`` settles, without blocking, a call that was broken off in the middle.
+
+        ``recommend`` says whether a job about a module of so many lines should go by a subscription; None: none should.
+        """
         self.settings = settings
         self.registry = registry
         self._router = router
         self._abandon = abandon
-        self._endpoints = {
-            name: Endpoint(name, provider.base_url, provider.key())
-            for name, provider in settings.providers.items()
-            if provider.usable()
-        }
+        self._credentials = {name: credentials_of(provider) for name, provider in settings.providers.items()}
+        self._endpoints = endpoints_of(settings, self._credentials)
+        subscribed = any(one.subscription for found in self._credentials.values() for one in found)
+        self._recommend = recommend if subscribed else None
+        self._resolved = lru_cache(maxsize=16)(self._resolve)
         self._smallest_window = min((model.context_window or math.inf for model in registry.all()), default=math.inf)
         self._found: dict[tuple[object, ...], Candidates] = {}
         self._keyless = {
-            name: _keyless(provider) for name, provider in settings.providers.items() if name not in self._endpoints
+            name: keyless(provider) for name, provider in settings.providers.items() if not self._credentials[name]
         }
 
     def candidates(self, job: Job) -> Candidates:
@@ -148,8 +167,9 @@ class Caller:
 
         For jobs that are alike it is worked out once; what is left of a ``max_cost`` is each job's own.
         """
+        wish = self._wish(job)
         if job.max_cost is not None:
-            return self._candidates(job)
+            return self._candidates(job, wish)
         tokens = estimate_tokens(job.text_bytes)
         fits_everywhere = tokens + (job.max_tokens or self.settings.default_max_tokens) <= self._smallest_window
         alike = (
@@ -161,18 +181,30 @@ class Caller:
             job.stop,
             job.max_tokens,
             0 if fits_everywhere else tokens,
+            None if wish is PLAIN else wish,
         )
         found = self._found.get(alike)
         if found is None:
             if len(self._found) >= MAX_KEPT:
                 self._found.clear()
-            found = self._found[alike] = self._candidates(job)
+            found = self._found[alike] = self._candidates(job, wish)
         return found
 
-    def _candidates(self, job: Job) -> Candidates:
-        return candidates(
-            job, self.registry, self.settings.default_max_tokens, lambda model: self._obstacle(job, model)
+    def _candidates(self, job: Job, wish: Wish) -> Candidates:
+        found = candidates(
+            job, self.registry, self.settings.default_max_tokens, lambda model: self._obstacle(job, model, wish)
         )
+        if wish.spill or wish.own is not None or wish.recommended is AuthMode.API:
+            return found
+        return without_silent_spill(found, self._credentials)
+
+    def _wish(self, job: Job) -> Wish:
+        if self._recommend is None and job.auth_mode is None:
+            return PLAIN
+        return wish_of(job, self._recommend, self.settings.auth.spill_to_api)
+
+    def _resolve(self, wish: Wish) -> dict[str, Resolved]:
+        return {provider: resolve(found, wish) for provider, found in self._credentials.items()}
 
     def rank(self, job: Job, random: Callable[[], float] | None = random.random) -> Ranking:
         """Return the models in the order in which they are asked, raising ``NoCandidateError`` if there is none.
@@ -199,10 +231,12 @@ class Caller:
         decision: Decision | None = None if attempts else ranking.decision
         failures = [seen_before(attempt, self.registry) for attempt in attempts]
         spent = sum((self._spent(job, attempt) for attempt in attempts), Decimal(0))
-        models = self._affordable(job, ranking.models, spent)
+        wish = self._wish(job)
         while True:
+            ways = self._ways(job, ranking.models, wish, spent)
+            models = tuple(filter(ways.of, ranking.models)) if ways.dear else ranking.models
             waits_until = ends if start.patience_seconds is None else deadline
-            step = self._next(models, failures, waits_until)
+            step = self._next(models, ways, failures, waits_until)
             if step is None:
                 raise _given_up(failures, attempts, time.monotonic() < waits_until)
             if step.wait_seconds > 0 and time.monotonic() < ends:
@@ -210,7 +244,8 @@ class Caller:
                 yield from _pause(step.wait_seconds, pauses_until, start, attempts, held_up)
             if time.monotonic() >= ends:
                 raise _time_up(start, deadline, attempts, held_up)
-            verdict = yield from self._ask(start, (step.model, *step.instead), attempts, ranking.view)
+            wanted = in_turn((step.model, *step.instead), ways, failures)
+            verdict = yield from self._ask(start, wanted, attempts, ranking.view)
             if isinstance(verdict, Refusal):
                 if verdict.for_budget:
                     raise BudgetExceededError(
@@ -219,6 +254,7 @@ class Caller:
                 held_up = verdict.reason
                 yield from _pause(verdict.retry_after_seconds, pauses_until, start, attempts, held_up)
                 continue
+            self._explain(verdict, wish)
             outcome, attempt = yield from self._call(job, verdict, ends - time.monotonic(), decision)
             decision = held_up = None
             if attempt is not None:
@@ -229,9 +265,8 @@ class Caller:
             assert isinstance(outcome, ProviderError)  # noqa: S101  # all else is dealt with
             assert attempt is not None  # noqa: S101  # as with every error of a provider
             logger.debug("%s on %s failed: %s", job.task_type, verdict.model.ref, outcome.type)
-            failures.append(Failure(verdict.model, outcome, time.monotonic()))
+            failures.append(Failure(verdict.model, outcome, time.monotonic(), credential=verdict.credential.name))
             spent += self._spent(job, attempt)
-            models = self._affordable(job, models, spent)
 
     def _pauses_until(self, start: Start, ends: float, deadline: float) -> float:
         """Return until when a wait may last: a worker's job comes again rather than have too little time for a call."""
@@ -240,32 +275,56 @@ class Caller:
         return ends - min(self.settings.http.request_timeout_seconds, self.settings.timeout_seconds / 2)
 
     def _ask(
-        self, start: Start, models: Sequence[ModelInfo], attempts: Sequence[Attempt], view: StageView
+        self,
+        start: Start,
+        wanted: Iterable[tuple[ModelInfo, Credential]],
+        attempts: Sequence[Attempt],
+        view: StageView,
     ) -> Generator[Effect, Reply, Permit | Refusal]:
-        """Ask leave for the first of ``models`` that may be called, a few at a time; refused are they all together."""
+        """Ask leave for the first of ``wanted`` that is allowed, a few at a time; refused are they all together."""
         refusals: list[Refusal] = []
-        for first in range(0, len(models), ADMITTED_TOGETHER):
-            verdict = yield Admit(self._request(start, models[first : first + ADMITTED_TOGETHER], view))
+        in_order = iter(wanted)
+        while some := tuple(islice(in_order, ADMITTED_TOGETHER)):
+            verdict = yield Admit(self._request(start, some, view))
             if isinstance(verdict, Permit):
                 return verdict
             _go_on_unless_stopped(verdict, attempts)
             assert isinstance(verdict, Refusal)  # noqa: S101  # the drivers answer every Admit
             refusals.append(verdict)
+        if not refusals:  # there was a way when the models were ranked
+            raise NotNowError("the auth strategy has changed since the job was routed", attempts=attempts)
         waits = [refusal for refusal in refusals if not refusal.for_budget]
         return min(waits, key=lambda refusal: refusal.retry_after_seconds) if waits else refusals[0]
 
-    def _next(self, models: Sequence[ModelInfo], failures: Sequence[Failure], until: float) -> NextCall | None:
+    def _next(
+        self, models: Sequence[ModelInfo], ways: Ways, failures: Sequence[Failure], until: float
+    ) -> NextCall | None:
         now = time.monotonic()
-        return next_call(models, failures, self.settings.retry, until - now, random.random, now)
+        return next_call(models, failures, self.settings.retry, until - now, random.random, now, ways)
 
-    def _affordable(self, job: Job, models: Sequence[ModelInfo], spent: Decimal) -> tuple[ModelInfo, ...]:
-        return tuple(model for model in models if not spent or self._too_dear(job, model, spent) is None)
+    def _ways(self, job: Job, models: Sequence[ModelInfo], wish: Wish, spent: Decimal) -> Ways:
+        """Return by which credentials the models may be called for what is left of ``max_cost``."""
+        dear = [] if job.max_cost is None else [model for model in models if self._too_dear(job, model, spent)]
+        found = self._resolved(wish).items()
+        return Ways({name: spread(one.credentials, random.random) for name, one in found}, frozenset(dear))
 
-    def _obstacle(self, job: Job, model: ModelInfo) -> str | None:
+    def _obstacle(self, job: Job, model: ModelInfo, wish: Wish) -> str | None:
         if model.provider in self._keyless:
             return self._keyless[model.provider]
         kind = self.settings.providers[model.provider].kind
-        return adapter(kind).misfit(job.temperature, job.stop) or self._too_dear(job, model, Decimal(0))
+        if misfit := adapter(kind).misfit(job.temperature, job.stop):
+            return misfit
+        resolved = self._resolved(wish)[model.provider]
+        if not resolved.credentials:
+            return resolved.constraint
+        free = any(one.subscription for one in resolved.credentials)
+        return None if free else self._too_dear(job, model, Decimal(0))
+
+    def _explain(self, permit: Permit, wish: Wish) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            how = "a subscription" if permit.credential.subscription else "an API key"
+            constraint = self._resolved(wish)[permit.model.provider].constraint
+            logger.debug("auth of a call to %s: %s, %s: %s", permit.model.ref, permit.credential.name, how, constraint)
 
     def _too_dear(self, job: Job, model: ModelInfo, spent: Decimal) -> str | None:
         """Say why a call could take the job over its ``max_cost`` when ``spent`` USD are gone already, or None."""
@@ -291,12 +350,14 @@ class Caller:
         """Return what a call cannot go beyond, however the prompt is cut into tokens: what budgets reserve."""
         return worst_case_cost(model, most_tokens(job), output_limit(job, model, self.settings.default_max_tokens))
 
-    def _expected_usd(self, job: Job, model: ModelInfo, view: StageView) -> Decimal | None:
+    def _expected_usd(self, job: Job, model: ModelInfo, credential: Credential, view: StageView) -> Decimal | None:
         """Return what a call should cost, going by those before it in its stage."""
+        if credential.subscription:
+            return Decimal(0)
         limit = output_limit(job, model, self.settings.default_max_tokens)
         return plain_cost(model, *basis(view, model.ref).tokens(job, limit))
 
-    def _request(self, start: Start, models: Sequence[ModelInfo], view: StageView) -> Request:
+    def _request(self, start: Start, wanted: Sequence[tuple[ModelInfo, Credential]], view: StageView) -> Request:
         job = start.job
         prompt = estimate_tokens(job.text_bytes)
         return Request(
@@ -308,10 +369,11 @@ class Caller:
                 Quote(
                     model,
                     prompt + output_limit(job, model, self.settings.default_max_tokens),
-                    self._most_usd(job, model),
-                    expected_usd=self._expected_usd(job, model, view),
+                    Decimal(0) if credential.subscription else self._most_usd(job, model),
+                    credential,
+                    self._expected_usd(job, model, credential, view),
                 )
-                for model in models
+                for model, credential in wanted
             ),
         )
 
@@ -321,7 +383,7 @@ class Caller:
         """Make a call that there is leave for, and settle it; there is no attempt when it was not made after all."""
         model = permit.model
         provider = adapter(self.settings.providers[model.provider].kind)
-        endpoint = self._endpoints[model.provider]
+        endpoint = self._endpoints[model.provider, permit.credential.name]
         started = time.monotonic()
         ended = Outcome.released()
         try:  # whatever breaks it off (cancelled, interrupted, the generator closed), what was taken is settled
@@ -339,8 +401,11 @@ class Caller:
         headers = observed(reply.headers, datetime.now(UTC)) if isinstance(reply, HttpResponse) else None
         if isinstance(outcome, ProviderError):
             outcome = located(outcome, job, endpoint, model)
-        attempt = attempt_of(model, outcome, latency_ms, permit.call_id, decision)
-        yield from self._settle(permit, Outcome.of(outcome, attempt, headers))
+        attempt = attempt_of(model, permit.credential, outcome, latency_ms, permit.call_id, decision)
+        ended = Outcome.of(outcome, attempt, headers)
+        if permit.credential.subscription and isinstance(outcome, Answer) and outcome.usage is not None:
+            ended = replace(ended, worth_usd=cost(model, outcome.usage))
+        yield from self._settle(permit, ended)
         return outcome, attempt
 
     def _settle(self, permit: Permit, ended: Outcome) -> Generator[Effect, Reply, None]:
@@ -378,11 +443,6 @@ class Caller:
     def _opaque(self, name: str) -> str:
         secret = f"{self.settings.namespace}\0{self.settings.user_hash_key.get_secret_value()}".encode()
         return hashlib.blake2b(name.encode(), key=hashlib.sha256(secret).digest(), digest_size=16).hexdigest()
-
-
-def _keyless(provider: ProviderSettings) -> str:
-    source = provider.api_key.get_secret_value() if provider.api_key else ""
-    return f"has no API key (set {source.removeprefix('env:')})" if source.startswith("env:") else "has no API key"
 
 
 def _elapsed_ms(started: float) -> int:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from attune_worker.budget import BudgetKey
+from attune_worker.jobs import AuthMode
+from attune_worker.sections import DEFAULT_CREDENTIAL
 from attune_worker.store.keys import part
-
-API = "api"
-"""The only mode so far: calls are paid for one by one."""
 
 Fields = Mapping[bytes, bytes]
 """What Redis knows of one call."""
@@ -34,7 +33,8 @@ class Intent:
     model_id: str
     tier: str
     budgets: tuple[BudgetKey, ...]
-    mode: str = API
+    mode: str = AuthMode.API.value
+    credential: str = DEFAULT_CREDENTIAL
 
     @property
     def group(self) -> str:
@@ -53,6 +53,7 @@ class Intent:
             "model": self.model_id,
             "tier": self.tier,
             "mode": self.mode,
+            **({} if self.credential == DEFAULT_CREDENTIAL else {"credential": self.credential}),
         }
 
     def kept(self) -> list[str]:
@@ -61,6 +62,8 @@ class Intent:
         They are short ones, because Redis takes several times as much for a hash with a long one.
         """
         fields = {**self.names(), "lease": self.lease, "budgets": " ".join(map(_word, self.budgets))}
+        if self.mode == AuthMode.API:
+            del fields["mode"]
         return [text for field in fields.items() for text in field]
 
     @classmethod
@@ -78,7 +81,8 @@ class Intent:
             model_id=_text(call, b"model"),
             tier=_text(call, b"tier"),
             budgets=tuple(_budgets(_text(call, b"budgets").split(), tenant, workflow, provider)),
-            mode=_text(call, b"mode"),
+            mode=_text(call, b"mode") if b"mode" in call else AuthMode.API.value,
+            credential=_text(call, b"credential") if b"credential" in call else DEFAULT_CREDENTIAL,
         )
 
 

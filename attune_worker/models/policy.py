@@ -7,7 +7,7 @@ over all models; no other layer repeats a call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from attune_worker.errors import (
@@ -19,8 +19,9 @@ from attune_worker.errors import (
     StoppedError,
 )
 from attune_worker.jobs import Attempt
+from attune_worker.models.credentials import DEFAULT, Credential, Ways
 from attune_worker.models.registry import ModelInfo, Registry
-from attune_worker.sections import RetrySettings
+from attune_worker.sections import DEFAULT_CREDENTIAL, RetrySettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,14 @@ class Failure:
     """A call that failed: on which model, how, and when (seconds of some clock that only goes forward).
 
     ``interrupted``: it was its worker that ended, which says nothing of the call and counts as no try.
+    ``credential`` is the name of the one by which it was made.
     """
 
     model: ModelInfo
     error: ProviderError
     at_seconds: float = 0.0
     interrupted: bool = False
+    credential: str = DEFAULT_CREDENTIAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ def next_call(
     remaining_seconds: float,
     random: Callable[[], float],
     now_seconds: float = 0.0,
+    ways: Ways | None = None,
 ) -> NextCall | None:
     """Return the next call to make, or None to give up.
 
@@ -59,6 +63,9 @@ def next_call(
     number from 0 to 1. A model is not called before the time that its provider asked for has passed,
     and a wait that would outlast ``remaining_seconds`` is never begun. How often a job's worker may end in the middle
     of it is not decided here.
+
+    A credential that its provider does not accept is out for all its models, and a model is once it has no other; a
+    credential that is rate limited is so by itself. Without ``ways`` there is only the default one.
     """
     failures = [failure for failure in failures if not failure.interrupted]
     if not failures:
@@ -66,12 +73,13 @@ def next_call(
     last = failures[-1]
     if len(failures) >= settings.max_attempts or isinstance(last.error, BadRequestError):
         return None
-    left = [model for model in candidates if _may_serve(model, failures, settings)]
-    waits = {model: _wait(model, failures, settings, random, now_seconds) for model in left}
+    left = [model for model in candidates if _may_serve(model, failures, settings, ways)]
+    waits = {model: _wait(model, failures, settings, random, now_seconds, ways) for model in left}
     in_time = [model for model in left if waits[model] < remaining_seconds]
     if not in_time:
         return None
-    if last.model in in_time and not isinstance(last.error, RateLimitedError):
+    another = waits.get(last.model) == 0 and len(_usable(last.model, failures, ways)) > 1
+    if last.model in in_time and (another or not isinstance(last.error, RateLimitedError)):
         chosen = last.model
     else:
         chosen = min(in_time, key=lambda model: (waits[model], _tries(model, failures)))
@@ -92,20 +100,50 @@ def seen_before(attempt: Attempt, registry: Registry) -> Failure:
     )
     known = registry.find(f"{attempt.provider}/{attempt.model_id}")
     model = known[0] if known else ModelInfo(attempt.model_id, attempt.provider, attempt.tier)
-    return Failure(model, error, at_seconds=-math.inf, interrupted=interrupted)
+    credential = attempt.credential or DEFAULT_CREDENTIAL
+    return Failure(model, error, at_seconds=-math.inf, interrupted=interrupted, credential=credential)
+
+
+def in_turn(
+    models: Sequence[ModelInfo], ways: Ways, failures: Sequence[Failure]
+) -> Iterator[tuple[ModelInfo, Credential]]:
+    """Yield the ways to call the models, in order: of each model, credentials that were rate limited come last."""
+    for model in models:
+        if not failures:
+            yield from ((model, one) for one in ways.of(model))
+            continue
+        limited = {
+            failure.credential
+            for failure in failures
+            if failure.model == model and isinstance(failure.error, RateLimitedError)
+        }
+        usable = _usable(model, failures, ways)
+        usable.sort(key=lambda one: one.name in limited)
+        yield from ((model, one) for one in usable)
+
+
+def _usable(model: ModelInfo, failures: Sequence[Failure], ways: Ways | None) -> list[Credential]:
+    """Return the credentials by which a model may be called and that were not refused."""
+    refused = {
+        failure.credential
+        for failure in failures
+        if isinstance(failure.error, CredentialError) and failure.model.provider == model.provider
+    }
+    found = (DEFAULT,) if ways is None else ways.of(model)
+    return [one for one in found if one.name not in refused]
 
 
 _ERRORS: dict[str, type[ProviderError]] = {kind.type: kind for kind in ProviderError.__subclasses__()}
 
 
-def _may_serve(model: ModelInfo, failures: Sequence[Failure], settings: RetrySettings) -> bool:
+def _may_serve(model: ModelInfo, failures: Sequence[Failure], settings: RetrySettings, ways: Ways | None) -> bool:
     """Whether nothing that happened so far rules this model out."""
+    if not _usable(model, failures, ways):
+        return False
     tried = 0
     for failure in failures:
-        same = failure.model == model
+        same = failure.model == model and not isinstance(failure.error, CredentialError)
         tried += same
-        if isinstance(failure.error, CredentialError) and failure.model.provider == model.provider:
-            return False
         if isinstance(failure.error, ContextTooLongError) and not _larger_window(model, failure.model):
             return False
         if same and not failure.error.retryable:
@@ -118,7 +156,7 @@ def _larger_window(model: ModelInfo, than: ModelInfo) -> bool:
 
 
 def _tries(model: ModelInfo, failures: Sequence[Failure]) -> int:
-    return sum(failure.model == model for failure in failures)
+    return sum(failure.model == model and not isinstance(failure.error, CredentialError) for failure in failures)
 
 
 def _wait(
@@ -127,18 +165,29 @@ def _wait(
     settings: RetrySettings,
     random: Callable[[], float],
     now_seconds: float,
+    ways: Ways | None,
 ) -> float:
-    """Return the seconds until a model may be called: none if it has not failed yet.
+    """Return the seconds until a model may be called: none if it has not failed yet, but for a refused credential.
 
-    Otherwise what its provider asked for, else exponential backoff, counted from its last failure.
+    Otherwise what its provider asked for, else exponential backoff, counted from its last failure; a limit of one
+    credential's rate holds up none of the others.
     Half of the backoff is fixed and half random ("equal jitter"), so that workers that failed
     together do not come back together.
     """
-    last = next((failure for failure in reversed(failures) if failure.model == model), None)
-    if last is None:
-        return 0.0
-    pause = last.error.retry_after
-    if pause is None:
-        doubled = settings.backoff_seconds * 2.0 ** (_tries(model, failures) - 1)
-        pause = min(settings.backoff_cap_seconds, doubled) * (0.5 + random() / 2)
-    return max(0.0, last.at_seconds + pause - now_seconds)
+    waits = []
+    for one in _usable(model, failures, ways):
+        last = next((failure for failure in reversed(failures) if _holds_up(model, one.name, failure)), None)
+        if last is None:
+            return 0.0
+        pause = last.error.retry_after
+        if pause is None:
+            doubled = settings.backoff_seconds * 2.0 ** (_tries(model, failures) - 1)
+            pause = min(settings.backoff_cap_seconds, doubled) * (0.5 + random() / 2)
+        waits.append(max(0.0, last.at_seconds + pause - now_seconds))
+    return min(waits)
+
+
+def _holds_up(model: ModelInfo, credential: str, failure: Failure) -> bool:
+    if failure.model != model or isinstance(failure.error, CredentialError):
+        return False
+    return failure.credential == credential or not isinstance(failure.error, RateLimitedError)

@@ -12,6 +12,9 @@ from attune_worker.providers.base import Answer, ChatRequest, Endpoint, HttpRequ
 
 API_VERSION = "2023-06-01"
 
+OAUTH_BETA = "oauth-2025-04-20"
+"""Without it the API refuses the bearer token of a subscription; as Anthropic's own clients and SDKs send it."""
+
 FINISH_REASONS: Mapping[str, str] = {
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -64,7 +67,10 @@ class Anthropic:
 def _headers(endpoint: Endpoint) -> dict[str, str]:
     """Return what every request has: the version, and the key."""
     headers = {"accept": "application/json", "anthropic-version": API_VERSION}
-    if endpoint.api_key:
+    if endpoint.api_key and endpoint.bearer:
+        headers["authorization"] = f"Bearer {endpoint.api_key}"
+        headers["anthropic-beta"] = OAUTH_BETA
+    elif endpoint.api_key:
         headers["x-api-key"] = endpoint.api_key
     return headers
 

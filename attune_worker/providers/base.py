@@ -17,11 +17,15 @@ from attune_worker.jobs import Message, Usage
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a provider is, and the key that opens it (which no repr shows)."""
+    """Where a provider is, and the key that opens it (which no repr shows).
+
+    ``bearer``: the key is the bearer token of a subscription, for wire formats that tell the two apart.
+    """
 
     name: str
     base_url: str
     api_key: str | None = field(default=None, repr=False)
+    bearer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

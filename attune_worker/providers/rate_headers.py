@@ -2,7 +2,9 @@
 
 Absent headers are normal, and what cannot be read counts as absent. Sources: Anthropic "Rate limits",
 section "Response headers" (RFC 3339 resets); OpenAI "Rate limits in headers" (Go durations), whose names
-Azure, Groq, Mistral and others have taken over.
+Azure, Groq, Mistral and others have taken over. The ``anthropic-ratelimit-unified-*`` headers of subscriptions are
+not documented; their shape is that of responses: utilization a share of 1 with two decimals (a little over 1 where the
+quota is overdrawn), reset in seconds since 1970, status ``allowed``, ``allowed_warning`` or ``rejected``.
 """
 
 from __future__ import annotations
@@ -18,6 +20,15 @@ from attune_worker.providers.failures import duration_seconds, http_date
 MAX_LIMIT = 10**12
 """Per minute. Nobody is allowed more; a larger number is not a limit."""
 
+WINDOWS = ("5h", "7d")
+"""The quota windows of a subscription, by the names that its headers have for them."""
+
+MOST_UTILIZATION = 2.0
+"""Up to here a utilization over 1 is an overdrawn quota; beyond, it is no share."""
+
+_SHARE = re.compile(r"\d{1,3}(?:\.\d{1,12})?", re.ASCII)
+_EPOCH_SECONDS = re.compile(r"\d{9,11}", re.ASCII)
+_STATUS = re.compile(r"[a-z_]{1,32}", re.ASCII)
 _COUNT = re.compile(r"\d{1,18}", re.ASCII)
 
 
@@ -31,11 +42,22 @@ class Allowance:
 
 
 @dataclass(frozen=True, slots=True)
+class QuotaWindow:
+    """How much of a subscription's quota is used (0 to 1), and when it is all back (ms since 1970)."""
+
+    name: str
+    utilization: float
+    reset_ms: int
+    status: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
-    """The limits of one model, as the provider told them."""
+    """The limits of one model, and the quota of a subscription, as the provider told them."""
 
     requests: Allowance | None = None
     tokens: Allowance | None = None
+    windows: tuple[QuotaWindow, ...] = ()
 
 
 def observed(headers: Mapping[str, str], now: datetime | None = None) -> Observed | None:
@@ -54,7 +76,26 @@ def observed(headers: Mapping[str, str], now: datetime | None = None) -> Observe
         or _scarcer(_anthropic(headers, f"{kind}-tokens", at) for kind in ("input", "output"))
         or _openai(headers, "tokens")
     )
-    return Observed(requests, tokens) if requests or tokens else None
+    windows = tuple(window for name in WINDOWS if (window := _window(headers, name)) is not None)
+    return Observed(requests, tokens, windows) if requests or tokens or windows else None
+
+
+def _window(headers: Mapping[str, str], name: str) -> QuotaWindow | None:
+    """Return what is said of a quota window; None without a utilization, or without a reset: neither helps alone."""
+    used, reset, status = (
+        headers.get(f"anthropic-ratelimit-unified-{name}-{field}", "").strip()
+        for field in ("utilization", "reset", "status")
+    )
+    known_status = status if _STATUS.fullmatch(status) else None
+    if _SHARE.fullmatch(used) and float(used) <= MOST_UTILIZATION:
+        utilization = min(float(used), 1.0)
+    elif known_status == "rejected":
+        utilization = 1.0
+    else:
+        return None
+    if not _EPOCH_SECONDS.fullmatch(reset):
+        return None
+    return QuotaWindow(name, utilization, int(reset) * 1000, known_status)
 
 
 def _anthropic(headers: Mapping[str, str], kind: str, now: datetime | None) -> Allowance | None:

@@ -25,7 +25,11 @@ circuit      hash    ``{ns}:breaker:<provider>:<tier>`` a day longer than it is 
 circuits     set     ``{ns}:breakers``                  366 days after the last write
 limits       hash    ``{ns}:limits:<provider>``         an hour after the last write: by then all of a
                                                         minute's allowance is back
-limits       hash    ``{ns}:limits:<provider>:<model>`` as above, and longer than its cooldown
+limits       hash    ``{ns}:limits:<provider>:<model>``, ``{ns}:limits:<provider>:<model>:<credential>``
+                                                        as above, and longer than its cooldown
+credential   hash    ``{ns}:credential:<provider>:<name>``  8 days after the last write: a day longer than the
+                                                        longest quota window, so that nothing that still
+                                                        counts is forgotten. Missing means accepted
 slots        zset    ``{ns}:slots:<provider>``          a day after the last write; an entry counts until
                                                         the end of its call's lease, its score (ms)
 budget       hash    ``{ns}:budget:<tenant>:<workflow>:<provider>:<per>``  63 days after the last write, or a
@@ -71,6 +75,8 @@ from functools import lru_cache
 from urllib.parse import quote
 from uuid import UUID, uuid4
 from zlib import crc32
+
+from attune_worker.sections import DEFAULT_CREDENTIAL
 
 MAX_PART = 120
 """Characters of an encoded name that stand in a key; a longer one is hashed."""
@@ -210,10 +216,17 @@ class FleetKeys:
         """Return the key of one circuit; without ``tier``, of the provider's own."""
         return f"{self.tag}:breaker:{part(provider)}:{part(tier)}"
 
-    def limits(self, provider: str, model_id: str | None = None) -> str:
-        """Return the key of what a provider, or one of its models, has left and when it may be called."""
+    def limits(self, provider: str, model_id: str | None = None, credential: str = DEFAULT_CREDENTIAL) -> str:
+        """Return the key of what a provider, or one of its models by one key, has left and when it may be called."""
         base = f"{self.tag}:limits:{part(provider)}"
-        return base if model_id is None else f"{base}:{part(model_id)}"
+        if model_id is None:
+            return base
+        own = "" if credential == DEFAULT_CREDENTIAL else f":{part(credential)}"
+        return f"{base}:{part(model_id)}{own}"
+
+    def credential(self, provider: str, name: str) -> str:
+        """Return the key of what is known of one of a provider's keys."""
+        return f"{self.tag}:credential:{part(provider)}:{part(name)}"
 
     def slots(self, provider: str) -> str:
         """Return the key of the calls that a provider is serving."""

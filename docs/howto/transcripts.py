@@ -174,7 +174,7 @@ def _plain(screen: str) -> str:
     text = re.sub(r"/tmp/[\w.-]*transcripts[\w.-]*", "/srv", text)
     text = text.replace(os.uname().nodename, "host").replace(str(Path.home()), "~")
     lines = [line.rstrip() for line in text.strip("\n").split("\n")]
-    cut = lines[:LONGEST_LINES] + ["…"] if len(lines) > LONGEST_LINES else lines
+    cut = [*lines[:LONGEST_LINES], "…"] if len(lines) > LONGEST_LINES else lines
     return "\n".join(cut)
 
 

@@ -95,6 +95,7 @@ def shared_target(make_environ: Environ, start_worker: Callable[..., LocalWorker
             HTTP__MAX_RESPONSE_BYTES=MAX_RESPONSE_BYTES,
             RETRY__MAX_ATTEMPTS=1,
             BREAKER__FAILURE_THRESHOLD=100,
+            AUTH__RECHECK_SECONDS=0.01,  # a key that one test has refused is there for the next
             BUDGETS='[{"per": "day", "limit_usd": 1000}]',
         )
         target = Target(environ, start_worker(environ, loglevel="debug", concurrency=1), server)

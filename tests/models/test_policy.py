@@ -16,7 +16,8 @@ from attune_worker.errors import (
     RateLimitedError,
 )
 from attune_worker.jobs import Attempt, ModelTier
-from attune_worker.models.policy import Failure, NextCall, next_call, seen_before
+from attune_worker.models.credentials import Credential, Ways
+from attune_worker.models.policy import Failure, NextCall, in_turn, next_call, seen_before
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.sections import RetrySettings
 
@@ -248,3 +249,59 @@ def test_a_model_is_not_called_before_the_time_its_provider_asked_for() -> None:
     settings = RetrySettings()
     assert alone(next_call([first, second], failures, settings, 300, lambda: 0.5, 102)) == NextCall(second, 4)
     assert next_call([first, second], failures, settings, 3, lambda: 0.5, 102) is None
+
+
+ONE, TWO = Credential("one"), Credential("two")
+WAYS = Ways({"a": (ONE, TWO), "b": (Credential(),)})
+
+
+def failed_by(credential: Credential, error: ProviderError, at: ModelInfo = A1) -> Failure:
+    return Failure(at, error, credential=credential.name)
+
+
+def with_keys(*failures: Failure, settings: RetrySettings = SETTINGS) -> NextCall | None:
+    return alone(next_call([A1, A2, B1], failures, settings, 1000.0, lambda: 1.0, 0.0, WAYS))
+
+
+def test_refused_key_makes_way_for_another_one() -> None:
+    """On the same model, at once, and as no try of the model; without another the provider is out."""
+    refused = [failed_by(ONE, CredentialError("x")), failed_by(TWO, CredentialError("x"))]
+    assert with_keys(refused[0]) == NextCall(A1, 0.0)
+    assert list(in_turn((A1, A2), WAYS, refused[:1])) == [(A1, TWO), (A2, TWO)]
+    assert with_keys(*refused) == NextCall(B1, 0.0)
+    overloaded = failed_by(TWO, OverloadedError("x"))
+    assert with_keys(refused[0], overloaded) == NextCall(A1, 1.0)
+
+
+def test_rate_limit_of_one_key_holds_up_none_of_the_others() -> None:
+    """The model is asked by the next key at once, and the limited one comes last."""
+    limited = [
+        failed_by(ONE, RateLimitedError("x", retry_after=60)),
+        failed_by(TWO, RateLimitedError("x", retry_after=5)),
+    ]
+    assert with_keys(limited[0]) == NextCall(A1, 0.0)
+    assert list(in_turn((A1,), WAYS, limited[:1])) == [(A1, TWO), (A1, ONE)]
+    many = RetrySettings(max_attempts=9, max_attempts_per_model=9)
+    assert alone(next_call([A1], limited, many, 1000.0, lambda: 1.0, 0.0, WAYS)) == NextCall(A1, 5.0)
+
+
+def test_overload_is_the_provider_s_whatever_the_key() -> None:
+    """Another key does not help, so the backoff holds for all."""
+    assert with_keys(failed_by(ONE, OverloadedError("x"))) == NextCall(A1, 1.0)
+
+
+@pytest.mark.parametrize(("recorded", "credential"), [(None, "default"), ("one", "one")])
+def test_an_earlier_start_s_refusal_rules_out_that_key_alone(recorded: str | None, credential: str) -> None:
+    """Records of before there were several name none, and mean the default one."""
+    attempt = Attempt(
+        model_id="1",
+        provider="a",
+        tier=ModelTier.CHEAP,
+        outcome="failed",
+        error_type="credential",
+        latency_ms=1,
+        credential=recorded,
+    )
+    failure = seen_before(attempt, Registry([A1]))
+    assert failure.credential == credential
+    assert list(in_turn((A1,), WAYS, [failure])) == [(A1, one) for one in (ONE, TWO) if one.name != credential]

@@ -55,6 +55,16 @@ def test_a_plain_question_is_sent_as_documented() -> None:
     assert request.body == expected.encode()
 
 
+def test_a_subscription_s_token_goes_as_a_bearer() -> None:
+    """With the beta header that the API asks for, and never as a key."""
+    endpoint = Endpoint("anthropic", "https://api.anthropic.com", "token-of-a-test", bearer=True)
+    headers = Anthropic().build(endpoint, ChatRequest("claude-haiku-4-5", HELLO, 64)).headers
+    assert headers["authorization"] == "Bearer token-of-a-test"
+    assert headers["anthropic-beta"] == "oauth-2025-04-20"
+    assert "x-api-key" not in headers
+    assert "token-of-a-test" not in repr(endpoint)
+
+
 def test_every_option_has_its_field() -> None:
     """Temperature, stop sequences and the end user reach the API under its own names."""
     chat = ChatRequest(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attune_worker.providers.rate_headers import Allowance, Observed, observed
+from attune_worker.providers.rate_headers import Allowance, Observed, QuotaWindow, observed
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 DATE = "Mon, 23 Nov 2026 12:00:00 GMT"
@@ -118,3 +118,53 @@ def test_no_header_makes_it_fail_or_go_below_zero(headers: dict[str, str]) -> No
         if allowance is not None:
             assert allowance.limit is None or allowance.limit > 0
             assert min(allowance.remaining or 0, allowance.reset_ms or 0) >= 0
+
+
+def unified(name: str, **fields: str) -> dict[str, str]:
+    return {f"anthropic-ratelimit-unified-{name}-{field}": text for field, text in fields.items()}
+
+
+def test_quota_windows_of_a_subscription_are_read() -> None:
+    """As responses have them: a share with two decimals, and seconds since 1970; what is no window is passed over."""
+    headers = {
+        **unified("5h", utilization="0.42", reset="1795440000", status="allowed_warning"),
+        **unified("7d", utilization="0.18", reset="1795800000", status="allowed"),
+        **unified("overage", status="rejected", utilization="0.9", reset="1795440000"),
+        "anthropic-ratelimit-unified-status": "allowed",
+        "anthropic-ratelimit-unified-representative-claim": "five_hour",
+    }
+    assert observed(headers) == Observed(
+        windows=(
+            QuotaWindow("5h", 0.42, 1_795_440_000_000, "allowed_warning"),
+            QuotaWindow("7d", 0.18, 1_795_800_000_000, "allowed"),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "utilization"),
+    [
+        ({"utilization": "1.04", "reset": "1795440000", "status": "rejected"}, 1.0),
+        ({"reset": "1795440000", "status": "rejected"}, 1.0),
+        ({"utilization": "0", "reset": "1795440000"}, 0.0),
+        ({"utilization": "42", "reset": "1795440000"}, None),
+        ({"utilization": "-0.1", "reset": "1795440000"}, None),
+        ({"utilization": "nan", "reset": "1795440000"}, None),
+        ({"utilization": "1e-1", "reset": "1795440000"}, None),
+        ({"utilization": "0.4", "reset": "soon"}, None),
+        ({"utilization": "0.4", "reset": "9" * 40}, None),
+        ({"utilization": "0.4"}, None),
+        ({"reset": "1795440000", "status": "allowed"}, None),
+    ],
+)
+def test_absurd_quota_counts_as_absent(fields: dict[str, str], utilization: float | None) -> None:
+    """But for a quota that is overdrawn, or refused without a number: both are used up."""
+    found = observed(unified("5h", **fields))
+    assert (found.windows[0].utilization if found else None) == utilization
+
+
+@given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30))
+def test_any_quota_headers_are_read_without_an_error(utilization: str, reset: str, status: str) -> None:
+    """And what is read is within bounds."""
+    found = observed(unified("7d", utilization=utilization, reset=reset, status=status))
+    assert found is None or all(0 <= window.utilization <= 1 for window in found.windows)

@@ -118,6 +118,8 @@ def fleet_keys(first: str, second: str, third: str) -> list[str]:
         keys.circuit(first, None),
         keys.limits(first),
         keys.limits(first, second),
+        keys.limits(first, second, third),
+        keys.credential(first, second),
         keys.slots(first),
         keys.budget(first, second, third, "day"),
         keys.budget(None, second, third, "month"),
@@ -143,7 +145,7 @@ def test_no_two_names_share_a_key(mine: tuple[str, str, str], yours: tuple[str, 
     assert len(set(keys)) == len(keys)
     for one, other in zip(keys[4:], fleet_keys(*yours)[4:], strict=True):
         if one == other:
-            assert mine[0] == yours[0] or one in {FleetKeys("ns").evidence(), keys[10]}
+            assert mine[0] == yours[0] or one in {FleetKeys("ns").evidence(), keys[12]}
 
 
 @given(odd_names)

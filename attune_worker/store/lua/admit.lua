@@ -1,13 +1,14 @@
 -- ADMIT: may a call be made now, and to which of the candidates? The first that everything allows is taken:
--- breaker, cooldown, rate limits, slots and budgets together, and the call's intent is written.
+-- breaker, cooldown, rate limits, slots, credential and budgets together, and the call's intent is written.
 -- Nothing is written for a candidate that is refused, except that who is told to come back when a rate limit allows
 -- it stands in line: thousands that are refused together do not come back together. Repeatable: the same call again gets the same answer.
 --
 -- KEYS  1 call  2 open calls  3 circuits  4 leases of the workers  5 the job's calls; for each candidate: circuit of its
---       tier, circuit of its provider, limits of the provider, limits of the model, slots of the provider; then the
---       budgets
+--       tier, circuit of its provider, limits of the provider, limits of the model (by this credential), slots of the
+--       provider, credential; then the budgets
 -- ARGV  1 JSON: {call, job, worker, lease (of the worker that runs the job; absent: no worker's), lease_ms (of the
---       call), rules (see breaker.lua), candidates: [{ref, want (see limits.lua), estimate_nano,
+--       call), rules (see breaker.lua), recheck_ms (see credentials.lua), candidates: [{ref, want (see limits.lua),
+--       quota (see credentials.lua; absent: an API key), estimate_nano,
 --       budgets: [{key: place among the budgets, want (see budget.lua)}], intent: names and values of the fields that
 --       the call can be settled by where its worker cannot do it any more (see intent.py)}]}
 -- Returns {'admitted', place of the candidate from 0, now_ms, admitted_ms, 'tier' | 'provider' (the circuit that the call
@@ -19,7 +20,7 @@
 --       calls: 63 days, as budgets have, until SETTLE sets another
 local request = cjson.decode(ARGV[1])
 local now = now_in_ms()
-local KEYS_PER_CANDIDATE = 5
+local KEYS_PER_CANDIDATE = 6
 local SOON_MS = 1000 -- when to look again for what may end at any time: a probe, or a call that has reserved money
 local LEASE_MS = 500 -- when to look again for a worker's lease, which may come back if it was only late
 local JOB_CALLS_S = 5443200
@@ -47,6 +48,9 @@ local function look(candidate, base)
   looked.circuit = breaker_look(KEYS[base + 1], now, request.rules)
   looked.provider = breaker_look(KEYS[base + 2], now, request.rules)
   looked.limits = limits_look(KEYS[base + 3], KEYS[base + 4], KEYS[base + 5], now, candidate.want)
+  looked.credential = credential_look(KEYS[base + 6], now, {
+    tokens = candidate.want.tokens, recheck_ms = request.recheck_ms, quota = candidate.quota,
+  })
   for _, one in ipairs(candidate.budgets) do
     local budget = budget_look(KEYS[first_budget + one.key + 1], now, one.want)
     if budget.reason == 'budget_reserved' then
@@ -58,7 +62,7 @@ local function look(candidate, base)
     end
     looked.budgets[#looked.budgets + 1] = budget
   end
-  for _, part in ipairs({ looked.circuit, looked.provider, looked.limits }) do
+  for _, part in ipairs({ looked.circuit, looked.provider, looked.limits, looked.credential }) do
     if part.reason == 'probing' then
       part.retry_at = math.min(part.retry_at, now + SOON_MS)
     end
@@ -79,6 +83,10 @@ for index, candidate in ipairs(request.candidates) do
     local of_provider = breaker_take(looked.provider, now, request.call, lease_ms, request.rules)
     local taken = breaker_take(looked.circuit, now, request.call, lease_ms, request.rules)
     limits_take(looked.limits, now, request.call, lease_ms)
+    local covers, intent = credential_take(looked.credential, now, lease_ms), candidate.intent
+    if covers then
+      intent[#intent + 1], intent[#intent + 2] = 'covers', covers
+    end
     local windows = {}
     for at, budget in ipairs(looked.budgets) do
       budget_take(budget, now)
@@ -87,7 +95,7 @@ for index, candidate in ipairs(request.candidates) do
     redis.call('HSET', KEYS[1], 'state', 'open', 'job', request.job, 'worker', request.worker, 'ref', candidate.ref,
       'place', index - 1, 'generation', integer(taken),
       'probed', looked.provider.probe and integer(of_provider) or '', 'admitted_ms', integer(now), 'tokens', candidate.want.tokens or 0,
-      'estimate_nano', candidate.estimate_nano and integer(candidate.estimate_nano) or '', 'windows', cjson.encode(windows), unpack(candidate.intent))
+      'estimate_nano', candidate.estimate_nano and integer(candidate.estimate_nano) or '', 'windows', cjson.encode(windows), unpack(intent))
     redis.call('PERSIST', KEYS[1]) -- whatever was found there
     own(KEYS[2], 'zset')
     redis.call('ZADD', KEYS[2], integer(now + lease_ms), request.call)

@@ -1,4 +1,5 @@
--- SETTLE: what a call did, written once however often it arrives: ledger, breaker, limits, budgets and telemetry.
+-- SETTLE: what a call did, written once however often it arrives: ledger, breaker, limits, credential, budgets and
+-- telemetry.
 -- A call without an intent (it was made while Redis was away) is charged in full and counts all the same. One that
 -- ended a while ago tells nothing of now: see `age` below. One whose intent has gone and was written longer ago than a
 -- settled call is known was settled before: an open one is never forgotten.
@@ -8,18 +9,20 @@
 -- KEYS  1 call  2 open calls  3 circuits  4 circuit of the tier  5 circuit of the provider  6 limits of the provider
 --       7 limits of the model  8 slots of the provider  9 stats of the day  10 evidence of the stage
 --       11 evidence of the workflow  12 evidence of the fleet  13 stages  14 ledger  15 costs of the day
---       16 the job's calls; then the budgets
+--       16 the job's calls  17 credential; then the budgets
 -- ARGV  1 JSON: {call, ref, kept_s, outcome: succeeded | failed | released (the call was never made) | orphaned,
 --       ended_ms (when it ended, by this clock), intent_ms (when its intent was written; absent: it has none, or it is
---       not known), names (provider and tier as JSON), rules, result (see breaker.lua),
---       limits (see limits.lua), budgets: [{per, limit_nano, reserved_nano, cost_nano}], cost_nano, call_of (what
+--       not known), names (provider and tier as JSON), rules, result (see breaker.lua), limits (see limits.lua),
+--       credential: {name, and what credentials.lua is told},
+--       budgets: [{per, limit_nano, reserved_nano, cost_nano}], cost_nano, call_of (what
 --       telemetry.lua counts; absent when released or orphaned), kept: names and values of further fields of the call,
 --       for its job's history, sums: {group, estimate_nano, expected_nano, input,
 --       output} and
 --       keep (see ledger.lua)}
 --       2 the record of the call, as JSON (see ledger.py), kept as it is
--- Returns {'settled' | 'again' | 'other' (released, but leave was given for another model: nothing is done), what
---       became of the circuit or '', {soft budgets that were passed just now}, what became of the provider's circuit}
+-- Returns {'settled' | 'again' | 'other' (released, but leave was given for another candidate: nothing is done), what
+--       became of the circuit or '', {soft budgets that were passed just now}, what became of the provider's circuit,
+--       and of the credential}
 -- TTL   call: kept_s, in which a second settlement is known for one; the job's calls: as long as the last of them
 -- How much of a wait that began with the end of the call is still to come; nil when it is over.
 local function left_of(wait_ms, age_ms)
@@ -34,17 +37,18 @@ local CLOCKS_MS = 1000 -- less than that may as well be what the worker's idea o
 local age = now - number(request.ended_ms, now)
 age = age < CLOCKS_MS and 0 or age
 local old = age > OLD_MS
-local state, ref, generation, probed, tokens, windows, admitted_ms =
-  unpack(read(KEYS[1], 'state', 'ref', 'generation', 'probed', 'tokens', 'windows', 'admitted_ms'))
+local state, ref, generation, probed, tokens, windows, admitted_ms, taken_by, covers = unpack(read(
+  KEYS[1], 'state', 'ref', 'generation', 'probed', 'tokens', 'windows', 'admitted_ms', 'credential', 'covers'))
 local outcome, was_orphaned = request.outcome, state == 'orphaned'
 local orphaned = outcome == 'orphaned'
 local forgotten = not state and now - number(request.intent_ms, now) > 1000 * request.kept_s
 if state == 'settled' or forgotten or (orphaned and state ~= 'open') then
-  return { 'again', '', {}, '' }
+  return { 'again', '', {}, '', '' }
 end
 local admitted = state == 'open' or was_orphaned
-if admitted and outcome == 'released' and ref ~= request.ref then
-  return { 'other', '', {}, '' }
+local credential = request.credential
+if admitted and outcome == 'released' and (ref ~= request.ref or (taken_by or '') ~= (credential.name or '')) then
+  return { 'other', '', {}, '', '' }
 end
 redis.call('HSET', KEYS[1], 'state', orphaned and 'orphaned' or 'settled', 'outcome', outcome, 'settled_ms', integer(now),
   'cost_nano', request.cost_nano and integer(request.cost_nano) or '', unpack(request.kept))
@@ -80,6 +84,12 @@ limits.observed = not old and limits.observed or nil
 limits.released = admitted and outcome == 'released'
 limits_settle(KEYS[6], KEYS[7], KEYS[8], now, limits)
 
+credential.admitted, credential.released, credential.counted = admitted, outcome == 'released', was_orphaned
+credential.reserved_tokens = admitted and number(tokens, 0) or credential.reserved_tokens
+credential.used_tokens, credential.succeeded = limits.used_tokens, outcome == 'succeeded'
+credential.admitted_ms, credential.covers, credential.at = limits.admitted_ms, covers or nil, now - age
+local of_credential = credential_settle(KEYS[17], now, credential)
+
 local known, window_of = pcall(cjson.decode, windows or '[]')
 local passed = {}
 for index, budget in ipairs(request.budgets) do
@@ -92,7 +102,7 @@ for index, budget in ipairs(request.budgets) do
     budget.window = window
     budget.counted = was_orphaned
   end
-  if budget_settle(KEYS[16 + index], now, budget) then
+  if budget_settle(KEYS[17 + index], now, budget) then
     passed[#passed + 1] = index - 1
   end
 end
@@ -105,13 +115,13 @@ if call then
   redis.call('HSET', KEYS[1], 'ref', call.ref, 'workflow', call.workflow, 'stage', call.stage, 'day', call.day,
     'score', call.score or '', 'n', stage_n or '', 'n_workflow', workflow_n or '', 'n_fleet', fleet_n or '')
 end
-redis.call('HDEL', KEYS[1], 'lease', 'tenant', 'budgets', 'mode', 'place')
+redis.call('HDEL', KEYS[1], 'lease', 'tenant', 'budgets', 'place')
 if not orphaned then -- what an orphan's own settlement would still need
-  redis.call('HDEL', KEYS[1], 'windows', 'generation', 'probed')
+  redis.call('HDEL', KEYS[1], 'windows', 'generation', 'probed', 'covers')
 end
 if redis.pcall('LINDEX', KEYS[16], -1) == request.call then -- a later one may still be open
   redis.call('EXPIRE', KEYS[16], request.kept_s)
 end
 own(KEYS[2], 'zset')
 redis.call('ZREM', KEYS[2], request.call)
-return { 'settled', event or '', passed, of_provider or '' }
+return { 'settled', event or '', passed, of_provider or '', of_credential or '' }

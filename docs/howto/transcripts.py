@@ -3,9 +3,9 @@
     python -m docs.howto.transcripts           runs every command of the page and writes what it printed
     python -m docs.howto.transcripts --check   writes nothing; exit code 1 when an exit code has changed
 
-Each ``console`` block of the page begins with ``$ attune-worker …``. Those above the line ``## Without Redis`` run against
-a fleet of two workers with jobs behind them: the simulated Anthropic is overloaded, the simulated OpenAI answers. Those
-below it run with a Redis URL that nobody answers at.
+Each ``console`` block of the page begins with ``$ attune-worker …``. Those above the line ``## Without Redis`` run
+against a fleet of two workers with jobs behind them: the simulated Anthropic is overloaded, the simulated OpenAI answers.
+Those below it run with a Redis URL that nobody answers at.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _plain(screen: str) -> str:
     """Return what is left on the screen, without what moves the cursor, and without this machine's names."""
     text = ESCAPE.sub("", screen.replace("\r\n", "\n"))
     text = re.sub(r"[^\n]*\r", "", text)
-    text = re.sub(r"/tmp/[\w.-]*transcripts[\w.-]*", "/srv", text)
+    text = re.sub(rf"{tempfile.gettempdir()}/[\w.-]*transcripts[\w.-]*", "/srv", text)
     text = text.replace(os.uname().nodename, "host").replace(str(Path.home()), "~")
     lines = [line.rstrip() for line in text.strip("\n").split("\n")]
     cut = [*lines[:LONGEST_LINES], "…"] if len(lines) > LONGEST_LINES else lines

@@ -245,7 +245,7 @@ class AuthSettings(Section):
     store: Literal["file", "redis"] = "file"
     file: Path | None = None
     spill_to_api: bool = False
-    recheck_seconds: float = Field(default=600.0, gt=0, le=86_400)
+    recheck_seconds: float = Field(default=60.0, gt=0, le=86_400)
 
 
 class RoutingSettings(Section):

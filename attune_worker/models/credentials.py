@@ -10,15 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from attune_worker.jobs import AuthMode, Job
+from attune_worker.models.auth import AuthStrategy
 from attune_worker.models.registry import ModelInfo
 from attune_worker.models.routing import Candidates, estimate_tokens
 from attune_worker.providers.base import Endpoint
 from attune_worker.sections import DEFAULT_CREDENTIAL, ProviderSettings
 from attune_worker.settings import Settings
-
-TOKENS_PER_LINE = 12
-"""To tell lines from tokens where a job does not say how many it is about. A line of source has 40 to 50 characters,
-indentation included, which are 10 to 12 tokens of 4; a prompt also holds words beside the source, so the larger one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +101,18 @@ def keyless(provider: ProviderSettings) -> str:
     return f"has no API key (set {' or '.join(names)})" if names else "has no API key"
 
 
-def wish_of(job: Job, recommend: Callable[[int], AuthMode] | None, spill_to_api: bool) -> Wish:
-    """Return how a job is to be paid for; ``recommend`` takes the lines of its module (None: by the token)."""
+def wish_of(job: Job, strategy: AuthStrategy | None, spill_to_api: bool) -> Wish:
+    """Return how a job is to be paid for; without a strategy by the token, unless the job has a wish of its own."""
     spill = spill_to_api if job.spill_to_api is None else job.spill_to_api
-    recommended = recommend(lines_of(job)) if recommend is not None and job.auth_mode is None else AuthMode.API
+    recommended = AuthMode.API
+    if strategy is not None and job.auth_mode is None:
+        recommended = strategy.get_recommended_mode(lines_of(job, strategy.multiplier().tokens_per_line))
     return Wish(job.auth_mode, recommended, spill)
 
 
-def lines_of(job: Job) -> int:
+def lines_of(job: Job, tokens_per_line: float) -> int:
     """Return the lines of the module that a job is about, by its own word or its prompt's length."""
-    return estimate_tokens(job.text_bytes) // TOKENS_PER_LINE if job.module_lines is None else job.module_lines
+    return int(estimate_tokens(job.text_bytes) / tokens_per_line) if job.module_lines is None else job.module_lines
 
 
 def resolve(present: Sequence[Credential], wish: Wish) -> Resolved:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -15,11 +15,19 @@ from typing import Any, Self
 
 from pydantic import JsonValue
 
-from attune_worker.errors import ProviderError, StoppedError
+from attune_worker.errors import (
+    ConfigurationError,
+    NotNowError,
+    ProviderError,
+    ServiceUnavailableError,
+    StoppedError,
+)
 from attune_worker.interruption import Interruption
-from attune_worker.jobs import Attempt, AuthMode, Job, ModelTier, Usage, total_cost
+from attune_worker.jobs import Attempt, Job, ModelTier, Usage, total_cost
 from attune_worker.models.adaptive import AdaptiveModelRouter
 from attune_worker.models.admission import Admission
+from attune_worker.models.auth import AuthStrategy
+from attune_worker.models.auth_current import get_auth_strategy
 from attune_worker.models.calls import Permit, Refusal, Request
 from attune_worker.models.flow import Admit, Caller, Effect, Rank, Reply, Send, Settle, Start, Unsent, Wait
 from attune_worker.models.pricing import cost
@@ -27,6 +35,9 @@ from attune_worker.models.registry import Registry
 from attune_worker.providers.base import Answer, HttpRequest
 from attune_worker.providers.http import HttpSender
 from attune_worker.settings import Settings, get_settings
+
+STRATEGY_SECONDS = 5.0
+"""When to ask again for a strategy that could not be read: an operator mends its file, or Redis comes back."""
 
 _OVERRIDES = {
     "workflow": "workflow_name",
@@ -93,17 +104,20 @@ class EmpathyLLMExecutor:
         self,
         settings: Settings | None = None,
         registry: Registry | None = None,
-        recommend: Callable[[int], AuthMode] | None = None,
     ) -> None:
-        """``recommend`` says whether a job about a module of so many lines should go by a subscription."""
         self.settings = settings or get_settings()
         self.registry = registry or Registry.from_settings(self.settings)
         self.router = AdaptiveModelRouter(self.settings, self.registry)
         self._sender = HttpSender(self.settings.http)
         self._admission = Admission(self.settings)
-        self._caller = Caller(
-            self.settings, self.registry, self.router, self._admission.settle_later, recommend or _recommended
-        )
+        self._caller = Caller(self.settings, self.registry, self.router, self._admission.settle_later, self._strategy)
+
+    def _strategy(self) -> AuthStrategy:
+        """Return the strategy that holds now; jobs that it would decide about wait while it cannot be read."""
+        try:
+            return get_auth_strategy(self.settings)
+        except (ConfigurationError, ServiceUnavailableError) as error:
+            raise NotNowError(f"the auth strategy cannot be read: {error}", retry_after=STRATEGY_SECONDS) from error
 
     def run(
         self,
@@ -242,10 +256,6 @@ class EmpathyLLMExecutor:
     def _give_back(self, verdict: Future[Permit | Refusal]) -> None:
         if isinstance(permit := verdict.result(), Permit):
             self._admission.give_back(permit)
-
-
-def _recommended(module_lines: int) -> AuthMode:  # noqa: ARG001  # the strategy's signature
-    return AuthMode.API
 
 
 def _job(

@@ -31,6 +31,7 @@ from attune_worker.jobs import Attempt, AuthMode, Decision, Job
 from attune_worker.models import decisions
 from attune_worker.models.adaptive import AdaptiveModelRouter, Ranking
 from attune_worker.models.attempts import attempt_of, located
+from attune_worker.models.auth import AuthStrategy
 from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.credentials import (
     PLAIN,
@@ -141,11 +142,11 @@ class Caller:
         registry: Registry,
         router: AdaptiveModelRouter,
         abandon: Callable[[Permit, Outcome], None],
-        recommend: Callable[[int], AuthMode] | None = None,
+        strategy: Callable[[], AuthStrategy] | None = None,
     ) -> None:
         """``abandon`` settles, without blocking, a call that was broken off in the middle.
 
-        ``recommend`` says whether a job about a module of so many lines should go by a subscription; None: none should.
+        ``strategy`` returns the one that says which jobs should go by a subscription; without it none should.
         """
         self.settings = settings
         self.registry = registry
@@ -154,7 +155,7 @@ class Caller:
         self._credentials = {name: credentials_of(provider) for name, provider in settings.providers.items()}
         self._endpoints = endpoints_of(settings, self._credentials)
         subscribed = any(one.subscription for found in self._credentials.values() for one in found)
-        self._recommend = recommend if subscribed else None
+        self._strategy = strategy if subscribed else None
         self._resolved = lru_cache(maxsize=16)(self._resolve)
         self._smallest_window = min((model.context_window or math.inf for model in registry.all()), default=math.inf)
         self._found: dict[tuple[object, ...], Candidates] = {}
@@ -199,9 +200,10 @@ class Caller:
         return without_silent_spill(found, self._credentials)
 
     def _wish(self, job: Job) -> Wish:
-        if self._recommend is None and job.auth_mode is None:
+        if self._strategy is None and job.auth_mode is None:
             return PLAIN
-        return wish_of(job, self._recommend, self.settings.auth.spill_to_api)
+        strategy = None if self._strategy is None or job.auth_mode is not None else self._strategy()
+        return wish_of(job, strategy, self.settings.auth.spill_to_api)
 
     def _resolve(self, wish: Wish) -> dict[str, Resolved]:
         return {provider: resolve(found, wish) for provider, found in self._credentials.items()}

@@ -23,6 +23,7 @@ from attune_worker.errors import (
 from attune_worker.inbox import Inbox
 from attune_worker.jobs import Job, JobResult, JobStatus
 from attune_worker.models.executor import EmpathyLLMExecutor
+from attune_worker.models.learned_lines import LearnedLines
 from attune_worker.models.orphans import Orphans
 from attune_worker.results import wait_for
 from attune_worker.settings import Settings
@@ -73,6 +74,7 @@ class Runner:
         self._inbox = Inbox(settings)
         self._lease = Lease(settings)
         self._executor = EmpathyLLMExecutor(settings)
+        self._learned = LearnedLines(settings)
         self._orphans = Orphans(settings)
         self._ends = Ends()
         self._starts = Starts(
@@ -152,6 +154,7 @@ class Runner:
         self._starts.close()
         self._lease.stop()
         self._inbox.close()
+        self._learned.close()
         self._orphans.close()
         self._records.close()
 
@@ -218,6 +221,8 @@ class Runner:
         except Exception as error:  # the edge: whatever happened, the job gets an end and the log the traceback
             logger.exception("job %s met an error of attune-worker's own", job_id)
             return failed(job_id, claim, AttuneError(f"internal error: {type(error).__name__}"), metadata)
+        if job.module_lines is not None and response.usage is not None:
+            self._learned.learn(job.module_lines, response.usage.input_tokens)
         return succeeded(job_id, claim, response)
 
     def _finish(self, claim: Claim, result: JobResult) -> JobResult:

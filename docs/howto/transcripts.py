@@ -4,8 +4,8 @@
     python -m docs.howto.transcripts --check   writes nothing; exit code 1 when an exit code has changed
 
 Each ``console`` block of the page begins with ``$ attune-worker …``. Those above the line ``## Without Redis`` run
-against a fleet of two workers with jobs behind them: the simulated Anthropic is overloaded, the simulated OpenAI answers.
-Those below it run with a Redis URL that nobody answers at.
+against a fleet of two workers with jobs behind them: the simulated Anthropic is overloaded, the simulated OpenAI
+answers. Those below it run with a Redis URL that nobody answers at.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from attune_worker.jobs import AuthMode, Job, ModelTier
+from attune_worker.models.auth import AuthStrategy
 from attune_worker.models.credentials import (
     DEFAULT,
-    TOKENS_PER_LINE,
     Credential,
     Wish,
     credentials_of,
@@ -100,16 +100,17 @@ def test_load_is_spread_within_a_mode() -> None:
 def test_wish_of_a_job(fields: dict[str, Any], recommended: AuthMode, setting: bool, expected: Wish) -> None:
     """Its own fields before the settings, and its own mode before the strategy's."""
     job = Job.parse({"task_type": "summarize", "prompt": "?", **fields})
-    assert wish_of(job, lambda _: recommended, setting) == expected
+    assert wish_of(job, AuthStrategy(default_mode=recommended), setting) == expected
 
 
 @pytest.mark.parametrize(("fields", "lines"), [({"module_lines": 0}, 0), ({"module_lines": 1999}, 1999), ({}, 500)])
 def test_strategy_is_asked_for_the_lines_of_a_job(fields: dict[str, Any], lines: int) -> None:
     """Its own word, else what its prompt comes to."""
-    job = Job.parse({"task_type": "summarize", "prompt": "x" * 4 * TOKENS_PER_LINE * 500, **fields})
-    asked: list[int] = []
-    wish_of(job, lambda lines: asked.append(lines) or API, False)
-    assert asked == [lines] == [lines_of(job)]
+    job = Job.parse({"task_type": "summarize", "prompt": "x" * 4 * 10 * 500, **fields})
+    assert lines_of(job, 10) == lines
+    for threshold, mode in [(lines + 1, SUBSCRIPTION), (lines, API)]:
+        strategy = AuthStrategy(tokens_per_line=10, small_module_threshold=threshold, medium_module_threshold=threshold)
+        assert wish_of(job, strategy, False).recommended is mode
 
 
 def provider(**fields: Any) -> ProviderSettings:

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -202,8 +203,10 @@ def compare(
 def _as_csv(records: Iterable[LedgerRecord], stream: TextIO) -> Iterator[None]:
     """Write a row for each record, and yield after each."""
     writer = csv.writer(stream, lineterminator="\n")
+    found = iter(records)
+    first = next(found, None)  # no head without Redis
     writer.writerow(FIELDS)
-    for record in records:
+    for record in chain(() if first is None else (first,), found):
         yield writer.writerow([_cell(getattr(record, name)) for name in FIELDS])
 
 

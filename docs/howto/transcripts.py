@@ -136,7 +136,7 @@ def run(line: str, environ: Mapping[str, str], folder: Path) -> tuple[str, int]:
     process = subprocess.Popen(
         ["/bin/sh", "-c", f"exec {line}"],
         cwd=folder,
-        env={**environ, "TERM": "dumb", "COLUMNS": str(COLUMNS), "NO_COLOR": "1"},
+        env={**environ, "TERM": "dumb", "PYTHONWARNINGS": "ignore", "COLUMNS": str(COLUMNS), "NO_COLOR": "1"},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -172,6 +172,7 @@ def _plain(screen: str) -> str:
     text = ESCAPE.sub("", screen.replace("\r\n", "\n"))
     text = re.sub(r"[^\n]*\r", "", text)
     text = re.sub(rf"{tempfile.gettempdir()}/[\w.-]*transcripts[\w.-]*", "/srv", text)
+    text = re.sub(r"Linux-\S+", "Linux", text)
     text = text.replace(os.uname().nodename, "host").replace(str(Path.home()), "~")
     lines = [line.rstrip() for line in text.strip("\n").split("\n")]
     cut = [*lines[:LONGEST_LINES], "…"] if len(lines) > LONGEST_LINES else lines

@@ -21,6 +21,7 @@ from attune_worker.errors import ConfigurationError, CredentialError, DeadlineEx
 from attune_worker.jobs import AuthMode, Job
 from attune_worker.ledger import Ledger
 from attune_worker.models.admission import Admission
+from attune_worker.models.auth import AuthStrategy
 from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
 from attune_worker.models.credentials import DEFAULT, Credential
 from attune_worker.models.executor import EmpathyLLMExecutor
@@ -269,11 +270,10 @@ def test_strategy_decides_by_the_size_of_the_module(
     """With one line in the log that names what decided."""
     accept(simulator, API_KEY, TOKEN)
 
-    def recommend(lines: int) -> AuthMode:
-        return AuthMode.SUBSCRIPTION if lines < 500 else AuthMode.API
-
     with caplog.at_level(logging.DEBUG, logger="attune_worker.models.flow"):
-        response = make_executor(team, recommend=recommend).execute(JOB.model_copy(update={"module_lines": lines}))
+        response = make_executor(team, strategy=lambda: AuthStrategy(medium_module_threshold=500)).execute(
+            JOB.model_copy(update={"module_lines": lines})
+        )
     assert response.auth_mode == mode
     [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("auth ")]
     assert "the strategy recommends" in line
@@ -303,7 +303,7 @@ def test_used_up_quota_waits_or_spills_as_it_is_told(
     accept(simulator, API_KEY, TOKEN)
     admission = make_admission(team)
     admission.settle(permit(admission, wanted(team, TEAM)), answered(1000, 1.0))
-    executor = make_executor(team, recommend=lambda _: AuthMode.SUBSCRIPTION)
+    executor = make_executor(team, strategy=lambda: AuthStrategy(default_mode=AuthMode.SUBSCRIPTION))
     job = Job.parse({"task_type": "summarize", "prompt": "?", "max_tokens": 50, "spill_to_api": spill})
     if spill:
         assert executor.execute(job).auth_mode == "api"

@@ -104,13 +104,17 @@ class EmpathyLLMExecutor:
         self,
         settings: Settings | None = None,
         registry: Registry | None = None,
+        strategy: Callable[[], AuthStrategy] | None = None,
     ) -> None:
+        """``strategy`` returns the auth strategy to go by; without it, the one that is kept as the settings say."""
         self.settings = settings or get_settings()
         self.registry = registry or Registry.from_settings(self.settings)
         self.router = AdaptiveModelRouter(self.settings, self.registry)
         self._sender = HttpSender(self.settings.http)
         self._admission = Admission(self.settings)
-        self._caller = Caller(self.settings, self.registry, self.router, self._admission.settle_later, self._strategy)
+        self._caller = Caller(
+            self.settings, self.registry, self.router, self._admission.settle_later, strategy or self._strategy
+        )
 
     def _strategy(self) -> AuthStrategy:
         """Return the strategy that holds now; jobs that it would decide about wait while it cannot be read."""

@@ -46,6 +46,8 @@ WORKERS = 2
 CONCURRENCY = 100
 LATENCY_SECONDS = 1.0
 MEGABYTE = 2**20
+MOST_BEHIND_SECONDS = 1.0
+"""After a pause of the machine no more than this is made up for, as a crowd takes memory that a steady load does not."""
 FLAT = {"MB": 10.0, "keys": 5000.0}
 """What counts as flat: less than that by the hour."""
 
@@ -90,7 +92,7 @@ class Load:
         chance = random.Random(7)
         due = time.monotonic()
         while not self._stop.is_set():
-            due += chance.expovariate(self.rate)
+            due = max(due, time.monotonic() - MOST_BEHIND_SECONDS) + chance.expovariate(self.rate)
             self._stop.wait(max(0.0, due - time.monotonic()))
             try:
                 self.client.submit(

@@ -316,12 +316,12 @@ def test_used_up_quota_waits_or_spills_as_it_is_told(
 def test_crowd_of_workers_never_goes_over_a_shared_window(
     team: Settings, make_admission: Callable[[Settings], Admission]
 ) -> None:
-    """Two workers, twenty threads, 95 % of 100,000 tokens used: four calls of a thousand fit for certain, or fewer."""
+    """Two workers, twenty threads, 89 % of 100,000 tokens used: ten calls of a thousand fit for certain, or fewer."""
     workers = [make_admission(team) for _ in range(2)]
-    for utilization in (0.90, 0.95):  # 5,000 tokens: so many in a rise of 0.05 are 83,333 in all, at least
+    for utilization in (0.84, 0.89):  # 5,000 tokens: so many in a rise of 0.05 are 83,333 in all, at least
         permits = [permit(workers[0], wanted(team, TEAM, tokens=5000))]
         workers[0].settle(permits[0], answered(5000, utilization))
-    workers[0].settle(permit(workers[0], wanted(team, TEAM, tokens=100)), answered(0, 0.95))
+    workers[0].settle(permit(workers[0], wanted(team, TEAM, tokens=100)), answered(0, 0.89))
     capacity = status(team, "team").windows["5h"].capacity_tokens
     assert capacity is not None
     assert 80_000 < capacity <= 100_000
@@ -334,7 +334,7 @@ def test_crowd_of_workers_never_goes_over_a_shared_window(
     with ThreadPoolExecutor(20) as threads:
         verdicts = [verdict for verdict in threads.map(ask, range(20)) if isinstance(verdict, Permit)]
     by = [verdict.credential for verdict in verdicts]
-    assert 1 <= by.count(TEAM) <= 4
+    assert 7 <= by.count(TEAM) <= 10
     assert by.count(DEFAULT) == 20 - by.count(TEAM)
     shown = status(team, "team")
     assert (shown.in_flight, shown.reserved_tokens) == (by.count(TEAM), 1000 * by.count(TEAM))

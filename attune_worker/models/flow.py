@@ -361,7 +361,6 @@ class Caller:
 
     def _request(self, start: Start, wanted: Sequence[tuple[ModelInfo, Credential]], view: StageView) -> Request:
         job = start.job
-        prompt = estimate_tokens(job.text_bytes)
         return Request(
             call_id=uuid4().hex,
             job_id=start.job_id,
@@ -370,7 +369,7 @@ class Caller:
             quotes=tuple(
                 Quote(
                     model,
-                    prompt + output_limit(job, model, self.settings.default_max_tokens),
+                    _reserved(job, credential) + output_limit(job, model, self.settings.default_max_tokens),
                     Decimal(0) if credential.subscription else self._most_usd(job, model),
                     credential,
                     self._expected_usd(job, model, credential, view),
@@ -445,6 +444,11 @@ class Caller:
     def _opaque(self, name: str) -> str:
         secret = f"{self.settings.namespace}\0{self.settings.user_hash_key.get_secret_value()}".encode()
         return hashlib.blake2b(name.encode(), key=hashlib.sha256(secret).digest(), digest_size=16).hexdigest()
+
+
+def _reserved(job: Job, credential: Credential) -> int:
+    """Return the prompt's tokens: at most by subscription, as nothing may go over a quota, else about how many."""
+    return most_tokens(job) if credential.subscription else estimate_tokens(job.text_bytes)
 
 
 def _elapsed_ms(started: float) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,91 +14,8 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from attune_worker.settings import Settings
-from attune_worker.store.connection import RedisClient, connect
-from attune_worker.store.keys import FleetKeys
-from attune_worker.store.scripts import Script
-
-DRIVER = """
-local answers, now = {}, now_in_ms()
-for index, step in ipairs(cjson.decode(ARGV[1])) do
-  local at = step.at or now
-  if step.settled then
-    local settled = step.settled
-    settled.at = settled.at or at
-    answers[index] = { event = credential_settle(KEYS[1], at, settled) or '' }
-  else
-    local look = credential_look(KEYS[1], at, step.want)
-    local covers = look.allowed and step.take and credential_take(look, at, step.lease_ms or 60000) or nil
-    answers[index] = { allowed = look.allowed, retry_at = look.retry_at, reason = look.reason, covers = covers }
-  end
-end
-return cjson.encode(answers)
-"""
-
-T = 1_795_392_000_000
-HOUR_MS = 3_600_000
-H5, D7 = 5 * HOUR_MS, 168 * HOUR_MS
-RESET = T + HOUR_MS
-RECHECK_MS = 600_000
-
-
-class Token:
-    """One subscription, whose steps a test places in time; ``quota`` is how it may be used."""
-
-    def __init__(self, redis: RedisClient, namespace: str) -> None:
-        self.redis = redis
-        self.key = FleetKeys(namespace).credential("acme", "team")
-        self.text = f"{Script('credentials', 'values').text}\n{DRIVER}"
-        self.quota: dict[str, float] | None = {"keep_free": 0.0, "burst": 1.0}
-
-    def run(self, step: dict[str, Any]) -> Any:
-        return json.loads(self.redis.eval(self.text, 1, self.key, json.dumps([step])))[0]
-
-    def look(self, at: int = T, tokens: int = 100, *, take: bool = False, **step: Any) -> Any:
-        want = {"tokens": tokens, "recheck_ms": RECHECK_MS} | ({"quota": self.quota} if self.quota else {})
-        return self.run({"want": want, "take": take, "at": at, **step})
-
-    def take(self, at: int = T, tokens: int = 100, **step: Any) -> Any:
-        return self.look(at, tokens, take=True, **step)
-
-    def settle(self, now: int = T, tokens: int = 100, *windows: dict[str, Any], **settled: Any) -> str:
-        told = {
-            "quota": self.quota is not None,
-            "admitted": True,
-            "succeeded": True,
-            "reserved_tokens": tokens,
-            "used_tokens": tokens,
-            **({"windows": windows} if windows else {}),
-            **settled,
-        }
-        event: str = self.run({"settled": told, "at": now})["event"]
-        return event
-
-    def call(self, at: int, tokens: int, *windows: dict[str, Any]) -> None:
-        """Make a call that is allowed, and have it answered."""
-        taken = self.take(at, tokens)
-        assert taken["allowed"], taken
-        self.settle(at, tokens, *windows, covers=taken["covers"])
-
-    def field(self, name: str) -> str | None:
-        found = self.redis.hget(self.key, name)
-        return None if found is None else found.decode()
-
-    def set(self, **fields: Any) -> None:
-        self.redis.hset(self.key, mapping={name.lstrip("_"): value for name, value in fields.items()})
-
-    def stands(
-        self, utilization: float, capacity: int | None = 100_000, reset: int = RESET, window: str = "5h"
-    ) -> None:
-        """Let the provider have told so much of a window, and nothing be counted besides."""
-        fields = {"utilization": utilization, "reset_ms": reset, "told_ms": T - 1}
-        if capacity is not None:
-            fields["capacity"] = capacity
-        self.redis.hset(self.key, mapping={f"{window}_{name}": value for name, value in fields.items()})
-
-
-def told(utilization: float, reset: int = RESET, name: str = "5h", status: str = "allowed") -> dict[str, Any]:
-    return {"name": name, "utilization": utilization, "reset_ms": reset, "status": status}
+from attune_worker.store.connection import connect
+from tests.store.credential_lab import D7, H5, HOUR_MS, RECHECK_MS, RESET, T, Token, told
 
 
 @pytest.fixture
@@ -171,11 +87,11 @@ def test_failure_without_windows_says_nothing_of_a_quota(token: Token) -> None:
     assert token.look()["reason"] == "quota_unknown"
 
 
-@pytest.mark.parametrize(("keep_free", "used", "allowed"), [(0, 0.974, True), (0, 0.976, False), (0.2, 0.78, False)])
+@pytest.mark.parametrize(("keep_free", "used", "allowed"), [(0, 0.889, True), (0, 0.891, False), (0.2, 0.7, False)])
 def test_calls_of_unknown_weight_go_alone_and_stay_away_from_the_end(
     token: Token, keep_free: float, used: float, allowed: bool
 ) -> None:
-    """As long as nobody knows what a token is of the window, up to 98 % less what is kept free."""
+    """As long as nobody knows what a token is of the window, up to 90 % less what is kept free."""
     token.quota = {"keep_free": keep_free, "burst": 1.0}
     token.stands(used, capacity=None)
     verdict = token.take()
@@ -188,12 +104,12 @@ def test_calls_of_unknown_weight_go_alone_and_stay_away_from_the_end(
 
 @pytest.mark.parametrize(
     ("utilization", "keep_free", "tokens", "allowed"),
-    [(0.9, 0, 9_500, True), (0.9, 0, 9_501, False), (0.5, 0.25, 24_500, True), (0.5, 0.25, 24_501, False)],
+    [(0.9, 0, 9_000, True), (0.9, 0, 9_001, False), (0.5, 0.25, 24_000, True), (0.5, 0.25, 24_001, False)],
 )
 def test_no_call_goes_that_could_pass_the_quota(
     token: Token, utilization: float, keep_free: float, tokens: int, allowed: bool
 ) -> None:
-    """To the token: what was told, half a hundredth of rounding, and the most that the call can use."""
+    """To the token: what was told, a hundredth, as it may be rounded, and the most that the call can use."""
     token.quota = {"keep_free": keep_free, "burst": 1.0}
     token.stands(utilization)
     verdict = token.look(tokens=tokens)
@@ -204,18 +120,18 @@ def test_no_call_goes_that_could_pass_the_quota(
 def test_what_calls_under_way_hold_may_come_back(token: Token) -> None:
     """So the next one asks again soon, and goes when they needed less."""
     token.stands(0.9)
-    assert token.take(tokens=9000)["allowed"]
+    assert token.take(tokens=8500)["allowed"]
     assert token.take(tokens=1000) == {"allowed": False, "retry_at": T + 1000, "reason": "quota_reserved"}
-    token.settle(T, 9000, used_tokens=100)
-    assert token.take(tokens=9000)["allowed"]
+    token.settle(T, 8500, used_tokens=100)
+    assert token.take(tokens=8500)["allowed"]
 
 
-@pytest.mark.parametrize("settled", [{"used_tokens": None}, {"used_tokens": 9000}, {"succeeded": False}])
+@pytest.mark.parametrize("settled", [{"used_tokens": None}, {"used_tokens": 8500}, {"succeeded": False}])
 def test_what_is_not_known_to_be_unused_counts_as_used(token: Token, settled: dict[str, Any]) -> None:
     """A call that broke off, or an orphan's: what was reserved stands until the provider tells more."""
     token.stands(0.9)
-    token.take(tokens=9000)
-    token.settle(T, 9000, **settled)
+    token.take(tokens=8500)
+    token.settle(T, 8500, **settled)
     verdict = token.look(tokens=1000)
     assert (verdict["reason"], verdict["retry_at"]) == ("quota_used_up", RESET)
     assert token.look(tokens=500)["allowed"]
@@ -224,10 +140,10 @@ def test_what_is_not_known_to_be_unused_counts_as_used(token: Token, settled: di
 def test_release_gives_everything_back(token: Token) -> None:
     """The call was never made; one that took nothing gives nothing back."""
     token.stands(0.9)
-    token.take(tokens=9000)
-    token.settle(T, 9000, released=True, succeeded=False)
-    token.take(tokens=9000)
-    token.settle(T, 9000, released=True, succeeded=False, admitted=False)
+    token.take(tokens=8500)
+    token.settle(T, 8500, released=True, succeeded=False)
+    token.take(tokens=8500)
+    token.settle(T, 8500, released=True, succeeded=False, admitted=False)
     assert token.look(tokens=1000)["reason"] == "quota_reserved"
 
 
@@ -280,17 +196,45 @@ def test_absurd_window_is_none(token: Token, absurd: dict[str, Any]) -> None:
 
 
 def test_window_begins_anew_at_its_reset(token: Token) -> None:
-    """With nothing used; one call finds out when it ends, and others go beside it as far as the pace allows."""
-    token.quota = {"keep_free": 0.0, "burst": 0.25}
+    """With nothing used; one call finds out when it ends, and then the others go."""
     token.stands(0.99)
     token.set(settled=5000)
     assert token.look(RESET - 1)["reason"] == "quota_used_up"
     assert token.take(RESET, 1000)["allowed"]
     assert (token.field("5h_reset_ms"), token.field("5h_covered")) == ("0", "5000")
-    assert token.take(RESET, 1000)["allowed"]
-    assert token.take(RESET, 23_000)["reason"] == "quota_reserved"
+    assert token.take(RESET, 1000) == {"allowed": False, "retry_at": RESET + 1000, "reason": "quota_unknown"}
     token.settle(RESET + 5, 1000, told(0.01, RESET + H5), covers="5000")
     assert token.field("5h_reset_ms") == str(RESET + H5)
+    assert token.take(RESET + 6, 1000)["allowed"]
+    assert token.take(RESET + 6, 1000)["allowed"]
+
+
+def test_provider_whose_clock_is_behind_is_asked_by_one_call_at_a_time(token: Token) -> None:
+    """For it the window has not ended: it goes on telling of a reset that is over, and of a quota that is not back."""
+    token.stands(0.98)
+    for late_ms in (0, 500, 900):
+        assert token.take(RESET + late_ms, 1000)["allowed"]
+        assert token.take(RESET + late_ms, 1000)["reason"] == "quota_unknown"
+        token.settle(RESET + late_ms, 1000, told(0.99))
+    token.call(RESET + 2000, 1000, told(0.01, RESET + H5))
+    assert token.take(RESET + 2001, 1000)["allowed"]
+
+
+def test_provider_that_stops_telling_of_its_windows_is_believed_when_they_have_ended(token: Token) -> None:
+    """Until then what it told holds."""
+    token.stands(0.999)
+    token.settle(T, 0)
+    assert token.look()["reason"] == "quota_used_up"
+    token.call(RESET, 100)
+    assert all(token.take(RESET + 1)["allowed"] for _ in range(3))
+
+
+def test_call_whose_leave_is_not_known_gives_back_nothing_of_others(token: Token) -> None:
+    """What it used counts; those that are under way still are."""
+    token.stands(0.5)
+    token.take(tokens=1000)
+    token.settle(T, 700, admitted=False)
+    assert (token.field("calls"), token.field("reserved"), token.field("settled")) == ("1", "1000", "700")
 
 
 def test_call_larger_than_a_window_goes_when_it_is_new(token: Token) -> None:
@@ -316,11 +260,11 @@ def test_pace_spreads_the_quota_to_the_reset(token: Token, burst: float) -> None
         token.stands(used, reset=T + H5)
         at = T
         verdict = token.look(at)
-        if used + 0.006 <= burst:
+        if used + 0.011 <= burst:
             assert verdict["allowed"]
             continue
         assert verdict["reason"] == "quota_paced"
-        share = (used + 0.006 - burst) / (1 - burst)
+        share = (used + 0.011 - burst) / (1 - burst)
         assert verdict["retry_at"] == pytest.approx(T + share * H5, abs=2)
         assert not token.look(verdict["retry_at"] - 1000)["allowed"]
         assert token.look(verdict["retry_at"])["allowed"]
@@ -403,7 +347,7 @@ def test_concurrent_calls_never_pass_the_window(token: Token, weights: list[int]
 
 def test_crowd_never_takes_more_than_is_left(token: Token) -> None:
     """Twenty threads at once: ten calls fit into what is left, and ten get leave."""
-    token.stands(0.895)
+    token.stands(0.89)
     gate = threading.Barrier(20)
 
     def ask(_: int) -> bool:

@@ -27,10 +27,12 @@
 -- A call was answered after it was admitted, so the utilization in its answer includes all that had been settled by
 -- then. What was settled since may be in it or not, and is counted besides. Answers may arrive in any order: within
 -- one window the utilization never goes down.
--- Used, at most, is what was told, half a unit of its rounding, and what was settled since, is under way, and is asked
--- for, as shares of the capacity. It stays below 1 - keep_free, and below the pace: burst + (1 - burst) * the part of the
--- window that is over. While the capacity is not known, one call at a time goes, and stays away from the end.
--- Where nobody knows when a window ends, one call at a time finds out, whatever its size: it would wait for ever.
+-- Used, at most, is what was told, a unit of it (nobody says how it is rounded), and what was settled since, is under
+-- way, and is asked for, as shares of the capacity. It stays below 1 - keep_free, and below the pace: burst + (1 - burst)
+-- * the part of the window that is over. While the capacity is not known, one call at a time goes, and stays away from
+-- the end: so the weight of a call, a tenth of the window at most, does no harm.
+-- Where a window has ended and the next is not told of, one call at a time finds out, whatever its size: it would wait
+-- for ever. More do not go, as the provider's clock may be behind ours, and as others may use the subscription too.
 --
 -- The capacity lies between two bounds: tokens that are certainly in a rise of the utilization, over the rise and a unit
 -- of rounding; and all that may be in it, over the rise less a unit. What was learned is moved between them.
@@ -41,20 +43,13 @@ local CREDENTIAL = {
   quiet_ms = 600000, -- so long after the last lease nothing is under way: a call that is still open was lost
   slack_ms = 3600000, -- a reset further ahead than its window and this is none
   same_reset_ms = 60000, -- resets that differ by less are one
-  rounding = 0.01, -- the provider tells hundredths
-  unlearned_share = 0.98, -- how far calls of unknown weight go
+  unit = 0.01, -- the provider tells hundredths
+  unlearned_share = 0.9, -- how far calls of unknown weight go
   learn_rise = 0.02,
   rebase_rise = 0.1,
   most_tokens = 1e15,
   windows = { { name = '5h', length_ms = 18000000 }, { name = '7d', length_ms = 604800000 } },
 }
-local CREDENTIAL_FIELDS = { 'refused_ms', 'recheck_ms', 'calls', 'reserved', 'held_ms', 'settled', 'windowless_ms' }
-for _, spec in ipairs(CREDENTIAL.windows) do
-  for _, name in ipairs({ 'utilization', 'reset_ms', 'status', 'told_ms', 'covered', 'capacity', 'base' }) do
-    CREDENTIAL_FIELDS[#CREDENTIAL_FIELDS + 1] = spec.name .. '_' .. name
-  end
-end
-
 local function credential_count(text)
   local n = number(text, 0)
   return n >= 0 and n <= CREDENTIAL.most_tokens and n or 0
@@ -105,9 +100,14 @@ local function credential_window(spec, found, settled, now)
 end
 
 local function credential_read(key, now)
-  local found = {}
-  for index, value in ipairs(read(key, unpack(CREDENTIAL_FIELDS))) do
-    found[CREDENTIAL_FIELDS[index]] = value
+  local names, found = { 'refused_ms', 'recheck_ms', 'calls', 'reserved', 'held_ms', 'settled', 'windowless_ms' }, {}
+  for _, spec in ipairs(CREDENTIAL.windows) do
+    for _, name in ipairs({ 'utilization', 'reset_ms', 'status', 'told_ms', 'covered', 'capacity', 'base' }) do
+      names[#names + 1] = spec.name .. '_' .. name
+    end
+  end
+  for index, value in ipairs(read(key, unpack(names))) do
+    found[names[index]] = value
   end
   local held = number(found.held_ms, 0)
   held = held <= now + CREDENTIAL.day_ms and held or 0
@@ -124,7 +124,7 @@ local function credential_read(key, now)
   for _, spec in ipairs(CREDENTIAL.windows) do
     local window = credential_window(spec, found, state.settled, now)
     state.windows[spec.name] = window
-    state.told = state.told or window ~= nil
+    state.runs = state.runs or (window ~= nil and window.reset > 0)
   end
   local week, hours = state.windows['7d'], state.windows['5h']
   if week and hours and not week.capacity then -- a week holds what five hours of it do
@@ -136,16 +136,15 @@ end
 -- Until when a window holds a call, and why; nil where it does not.
 local function credential_hold(window, state, want, now)
   local limit, burst = 1 - number(want.quota.keep_free, 0), number(want.quota.burst, 1)
-  local soon, resets = now + CREDENTIAL.soon_ms, window.reset > 0 and window.reset or now + CREDENTIAL.soon_ms
-  if window.status == 'rejected' then
+  local soon, resets = now + CREDENTIAL.soon_ms, window.reset
+  if resets == 0 then
+    return state.calls > 0 and not state.windowless and soon or nil, 'quota_unknown'
+  elseif window.status == 'rejected' then
     return resets, 'quota_used_up'
-  end
-  if window.reset == 0 and state.calls == 0 then -- the call that finds out about a window
-    return nil
   end
   local capacity = window.capacity or window.holds
   local since = math.max(state.settled - window.covered, 0)
-  local used = window.utilization + CREDENTIAL.rounding / 2
+  local used = window.utilization + CREDENTIAL.unit
   local all = used
   if capacity then
     used = used + (since + want.tokens) / capacity
@@ -160,11 +159,11 @@ local function credential_hold(window, state, want, now)
   elseif all > limit then
     return soon, 'quota_reserved'
   end
-  local over = window.reset > 0 and math.max(0, 1 - (window.reset - now) / window.length_ms) or 0
+  local over = math.max(0, 1 - (resets - now) / window.length_ms)
   local pace = burst + (1 - burst) * over
   if used > pace then
     local share = math.min((used - burst) / (1 - burst), 1)
-    return math.min(resets, math.ceil(window.reset - window.length_ms * (1 - share))), 'quota_paced'
+    return math.min(resets, math.ceil(resets - window.length_ms * (1 - share))), 'quota_paced'
   elseif all > pace then
     return soon, 'quota_reserved'
   end
@@ -190,7 +189,7 @@ local function credential_look(key, now, want)
   for _, window in pairs(state.windows) do
     hold(credential_hold(window, state, want, now))
   end
-  if not state.told and not state.windowless and state.calls > 0 then
+  if not state.runs and not state.windowless and state.calls > 0 then
     hold(now + CREDENTIAL.soon_ms, 'quota_unknown')
   end
   return look
@@ -233,7 +232,7 @@ end
 
 -- What a rise of the utilization says of the capacity, and the base for the next.
 local function credential_learn(fields, window, state, utilization, covered)
-  local base, unit = window.base, CREDENTIAL.rounding
+  local base, unit = window.base, CREDENTIAL.unit
   local rise = base and utilization - base.utilization + 1e-9 or 0
   if base and rise >= CREDENTIAL.learn_rise then
     local least = (covered - base.settled) / (rise + unit)
@@ -291,7 +290,7 @@ local function credential_count_call(key, now, settled)
   local tokens = settled.released and 0 or math.max(number(settled.used_tokens, reserved), 0)
   if settled.counted then -- the reservation is among what was settled, which never goes down
     tokens = math.max(tokens - reserved, 0)
-  else
+  elseif settled.admitted then
     state.calls, state.reserved = math.max(state.calls - 1, 0), math.max(state.reserved - reserved, 0)
     fields.calls, fields.reserved = state.calls, state.reserved
   end
@@ -308,7 +307,7 @@ local function credential_count_call(key, now, settled)
   end
   if next(told) and state.windowless then
     redis.call('HDEL', key, 'windowless_ms')
-  elseif settled.succeeded and not next(told) and not state.told and not state.windowless then
+  elseif settled.succeeded and not next(told) and not state.runs and not state.windowless then
     fields.windowless_ms = now
   end
   credential_write(key, fields)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -34,12 +34,20 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Why not even the smallest call may go by a credential now, in ADMIT's word for it, and when to ask again."""
+
+    reason: str
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class QuotaStatus:
     """A quota window of a subscription.
 
     ``utilization`` (0 to 1) is what the provider told last, ``counted_tokens`` came after that or may have.
     ``resets_at`` is None until the provider tells of a window that has begun anew. ``capacity_tokens`` was learned;
-    None: not yet.
+    None: not yet. ``pace`` is the share that may be used by now: ``burst`` at first, all but ``keep_free`` in the end.
     """
 
     utilization: float
@@ -47,12 +55,15 @@ class QuotaStatus:
     resets_at: datetime | None
     status: str | None
     capacity_tokens: int | None
+    pace: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class CredentialStatus:
     """One credential. ``present``: its secret is there, in this process's environment.
 
+    ``variable`` is the one of the environment that the secret is read from; None: it is from none. ``held`` is None
+    while a call may go by it.
     ``in_flight`` calls hold up to ``reserved_tokens`` of the quota; both are counted for subscriptions only.
     ``windows`` are named ``5h`` and ``7d``: none until the provider has told of them, nor where it ``tells_no_quota``.
     """
@@ -60,7 +71,9 @@ class CredentialStatus:
     name: str
     mode: AuthMode
     present: bool
+    variable: str | None = None
     refused: Refused | None = None
+    held: Held | None = None
     windows: Mapping[str, QuotaStatus] = field(default_factory=dict)
     in_flight: int = 0
     reserved_tokens: int = 0
@@ -80,19 +93,11 @@ class Credentials:
 
     def status(self) -> dict[str, tuple[CredentialStatus, ...]]:
         """Return how each configured credential stands, by provider. Changes nothing."""
-        places = [
-            (provider, name, mode, name in there)
-            for provider, found in self._settings.providers.items()
-            for there in [found.keys(self._environ)]
-            for name, mode in _names_of(found).items()
-        ]
+        known = configured(self._settings, self._environ)
+        calls = [self._call(provider, one.name, "0") for provider, found in known.items() for one in found]
         with reaching(self._settings):
-            calls = [((self._keys.credential(provider, name),), ("0",)) for provider, name, _, _ in places]
-            answers = CREDENTIAL_STATUS.many(self._redis, calls)
-        statuses: dict[str, tuple[CredentialStatus, ...]] = dict.fromkeys(self._settings.providers, ())
-        for (provider, name, mode, present), answer in zip(places, answers, strict=True):
-            statuses[provider] += (_status(name, mode, present, _read(answer)),)
-        return statuses
+            answers = iter(CREDENTIAL_STATUS.many(self._redis, calls))
+        return {provider: tuple(_told(one, _read(next(answers))) for one in found) for provider, found in known.items()}
 
     def reset(self, provider: str, name: str = DEFAULT_CREDENTIAL) -> bool:
         """Have the fleet try a refused credential again at once, and return whether it was refused.
@@ -107,12 +112,28 @@ class Credentials:
             known = ", ".join(_names_of(found)) or "none"
             raise ConfigurationError(f"{provider} has no credential {name!r}; configured: {known}")
         with reaching(self._settings):
-            answer = CREDENTIAL_STATUS(self._redis, (self._keys.credential(provider, name),), ("1",))
+            answer = CREDENTIAL_STATUS(self._redis, *self._call(provider, name, "1"))
         return bool(_read(answer)["forgotten"])
+
+    def _call(self, provider: str, name: str, forget: str) -> tuple[tuple[str], tuple[str, str]]:
+        quotas = {one.name: one.quota for one in self._settings.providers[provider].credentials}
+        quota = quotas.get(name)
+        return (self._keys.credential(provider, name),), (forget, "" if quota is None else json.dumps(quota))
 
     def close(self) -> None:
         """Give the connections back."""
         close_idle(self._redis)
+
+
+def configured(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, tuple[CredentialStatus, ...]]:
+    """Return each credential by provider, with no more than settings and environment say of it: without Redis."""
+    found: dict[str, tuple[CredentialStatus, ...]] = {}
+    for name, provider in settings.providers.items():
+        there, variables = provider.keys(environ), provider.variables()
+        found[name] = tuple(
+            CredentialStatus(one, mode, one in there, variables.get(one)) for one, mode in _names_of(provider).items()
+        )
+    return found
 
 
 def _names_of(provider: ProviderSettings) -> dict[str, AuthMode]:
@@ -127,13 +148,12 @@ def _read(answer: bytes) -> Mapping[str, Any]:
     return found
 
 
-def _status(name: str, mode: AuthMode, present: bool, found: Mapping[str, Any]) -> CredentialStatus:
-    refused = found.get("refused")
-    return CredentialStatus(
-        name=name,
-        mode=mode,
-        present=present,
+def _told(one: CredentialStatus, found: Mapping[str, Any]) -> CredentialStatus:
+    refused, held = found.get("refused"), found.get("held")
+    return replace(
+        one,
         refused=None if refused is None else _refused(refused),
+        held=None if held is None else Held(held["reason"], _moment(held["ms"])),
         windows={window: _quota(told) for window, told in sorted(dict(found["windows"]).items())},
         in_flight=int(found["calls"]),
         reserved_tokens=int(found["reserved"]),
@@ -159,6 +179,7 @@ def _quota(told: Mapping[str, Any]) -> QuotaStatus:
         resets_at=_moment(told["reset_ms"]) if "reset_ms" in told else None,
         status=told.get("status"),
         capacity_tokens=None if capacity is None else int(capacity),
+        pace=float(told["pace"]),
     )
 
 

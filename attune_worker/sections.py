@@ -58,6 +58,11 @@ class CredentialSettings(Section):
         """Return the key or token itself, or None when there is none (yet)."""
         return _read_secret(self.secret, environ)
 
+    @property
+    def quota(self) -> dict[str, float] | None:
+        """How a subscription's windows may be used, as the scripts in Redis take it; None: a key has none."""
+        return {"keep_free": self.keep_free, "burst": self.burst} if self.mode == "subscription" else None
+
 
 class ProviderSettings(Section):
     """One place that serves models.
@@ -117,6 +122,12 @@ class ProviderSettings(Section):
         if default is not None or (self.api_key is None and not self.credentials):
             return {DEFAULT_CREDENTIAL: default, **found}
         return dict(found)
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variable that each credential is read from, by name; others stand here themselves."""
+        secrets = {DEFAULT_CREDENTIAL: self.api_key, **{one.name: one.secret for one in self.credentials}}
+        sources = {name: secret.get_secret_value() for name, secret in secrets.items() if secret is not None}
+        return {name: text.removeprefix("env:") for name, text in sources.items() if text.startswith("env:")}
 
     def usable(self, environ: Mapping[str, str] = os.environ) -> bool:
         """Whether calls can be made: no key is needed, or there is one."""

@@ -47,7 +47,7 @@ CONCURRENCY = 100
 LATENCY_SECONDS = 1.0
 MEGABYTE = 2**20
 MOST_BEHIND_SECONDS = 1.0
-"""After a pause of the machine no more than this is made up for, as a crowd takes memory that a steady load does not."""
+"""After a pause of the machine no more than this is made up for: a crowd takes memory that a steady load does not."""
 FLAT = {"MB": 10.0, "keys": 5000.0}
 """What counts as flat: less than that by the hour."""
 

@@ -412,5 +412,5 @@ def test_status_says_what_there_is(make_settings: Callable[..., Settings], redis
         FleetKeys(settings.namespace).credential("anthropic", "gone"), mapping={"refused_ms": b"\xff", "calls": "x"}
     )
     found = Credentials(settings).status()
-    assert found["anthropic"] == (CredentialStatus("gone", AuthMode.API, present=False),)
+    assert found["anthropic"] == (CredentialStatus("gone", AuthMode.API, present=False, variable="NOT_SET"),)
     assert found["openai"] == (CredentialStatus("default", AuthMode.API, present=True),)

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from attune_worker.cli import credentials
 from attune_worker.cli.auth_view import print_recommended, print_saved, print_status, shown_fields
 from attune_worker.cli.output import console, json_option, print_json
 from attune_worker.cli.printable import printable
@@ -68,7 +69,10 @@ def setup(**options: Any) -> None:
 @auth.command()
 @json_option
 def status(*, as_json: bool) -> None:
-    """Show the strategy, where it is kept, and what estimates go by.
+    """Show the strategy, and how each provider's keys and subscriptions stand: refused, held up, or free.
+
+    Exit code 3: Redis cannot be reached. What is known without it is shown all the same: the strategy, where it is kept
+    in a file, and which keys are there.
 
     Example: attune-worker auth status --json
     """
@@ -90,15 +94,18 @@ def recommend(file: str | None, lines: int | None, model: str | None, as_json: b
 
 @auth.command()
 @click.option("--confirm", is_flag=True, help="Do it. Without it, say what would be lost.")
+@click.option("--key", metavar="PROVIDER/NAME", help="Leave the strategy alone, and have this refused key tried again.")
 @json_option
-def reset(*, confirm: bool, as_json: bool) -> None:
-    """Forget the strategy, so that the defaults hold again.
+def reset(*, confirm: bool, key: str | None, as_json: bool) -> None:
+    """Forget the strategy, so that the defaults hold again; or, with --key, that a provider has refused a key.
 
-    Exit code 2: it was not confirmed.
+    The next call tries that key again. Nothing is lost by it, so it needs no --confirm. `auth status` names the keys.
 
-    Example: attune-worker auth reset --confirm
+    Exit code 2: it was not confirmed, or there is no such key.
+
+    Example: attune-worker auth reset --key anthropic/default
     """
-    _exit(_reset(confirm=confirm, as_json=as_json))
+    _exit(_reset(confirm=confirm, key=key, as_json=as_json))
 
 
 def cmd_auth_setup(
@@ -128,7 +135,7 @@ def cmd_auth_setup(
 
 
 def cmd_auth_status(*, as_json: bool = False) -> int:
-    """Do what ``attune-worker auth status`` does, and return its exit code."""
+    """Do what ``attune-worker auth status`` does, and return its exit code: 3 where Redis is away."""
     return _code(lambda: _status(as_json=as_json))
 
 
@@ -139,9 +146,9 @@ def cmd_auth_recommend(
     return _code(lambda: _recommend(file, lines, model, as_json=as_json))
 
 
-def cmd_auth_reset(*, confirm: bool = False, as_json: bool = False) -> int:
+def cmd_auth_reset(*, confirm: bool = False, key: str | None = None, as_json: bool = False) -> int:
     """Do what ``attune-worker auth reset`` does, and return its exit code: 2 where it was not confirmed."""
-    return _code(lambda: _reset(confirm=confirm, as_json=as_json))
+    return _code(lambda: _reset(confirm=confirm, key=key, as_json=as_json))
 
 
 def _setup(*, as_json: bool, **options: Any) -> int:
@@ -171,6 +178,7 @@ def _status(*, as_json: bool) -> int:
             learned, away = lines.read(), None
         except ServiceUnavailableError as error:  # the strategy itself may be in a file
             learned, away = None, error.message
+    statuses, unknown = credentials.look(settings, away)
     enough = learned is not None and learned.jobs >= ENOUGH_JOBS
     multiplier = strategy.multiplier()
     if learned is not None and enough and multiplier.source == "default":
@@ -184,7 +192,7 @@ def _status(*, as_json: bool) -> int:
             "value": round(multiplier.tokens_per_line, 3),
             "source": multiplier.source,
             "learned": None if learned is None else round(learned.tokens_per_line, 3),
-            "jobs": None if away else 0 if learned is None else learned.jobs,
+            "jobs": None if away is not None else 0 if learned is None else learned.jobs,
             "jobs_needed": ENOUGH_JOBS,
             "error": away,
         },
@@ -192,12 +200,16 @@ def _status(*, as_json: bool) -> int:
             "value": strategy.quota_window(),
             "source": "set" if strategy.window_tokens else ASSUMED if strategy.quota_window() else "unknown",
         },
+        "credentials": credentials.as_values(statuses, unknown),
+        "credentials_error": unknown,
     }
     if as_json:
         print_json(known)
     else:
-        print_status(console(), strategy, known)
-    return 0
+        on = console()
+        print_status(on, strategy, known)
+        credentials.print_credentials(on, statuses, unknown)
+    return 0 if unknown is None else ServiceUnavailableError.exit_code
 
 
 def _recommend(file: Path | str | None, lines: int | None, model: str | None, *, as_json: bool) -> int:
@@ -213,7 +225,10 @@ def _recommend(file: Path | str | None, lines: int | None, model: str | None, *,
     return 0
 
 
-def _reset(*, confirm: bool, as_json: bool) -> int:
+def _reset(*, confirm: bool, key: str | None, as_json: bool) -> int:
+    if key is not None:
+        credentials.reset_key(get_settings(), key, as_json=as_json)
+        return 0
     with closing(auth_store(get_settings())) as store:
         saved = store.read()
         lost = None if saved is None else _lost(saved.raw, store.place)

@@ -30,8 +30,8 @@ STYLES = {
 def doctor(*, offline: bool, as_json: bool) -> None:
     """Look at settings, Redis, broker, workers and providers, and say what should be done.
 
-    Each provider with a key is asked for its list of models, with that key: it costs nothing, and tells whether the
-    key is taken.
+    Each provider with a key is asked for its list of models, with each of its keys and subscriptions: it costs nothing,
+    uses no quota, and tells whether the key is taken.
 
     Exit code 1: something can lose jobs or money. 3: Redis, the broker, the result backend, or every provider that was
     asked cannot be reached.

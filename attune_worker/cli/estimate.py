@@ -12,13 +12,15 @@ import click
 from rich.console import Console
 
 from attune_worker.cli.bulk import read_lines
+from attune_worker.cli.credentials import HELD
 from attune_worker.cli.output import Column, Rows, console, counted, json_option, print_fitting, print_json, say, usd
 from attune_worker.errors import InvalidJobError
-from attune_worker.jobs import Job, ModelTier
+from attune_worker.jobs import AuthMode, Job, ModelTier
 from attune_worker.settings import get_settings
 
 if TYPE_CHECKING:
     from attune_worker.models.estimation import CandidateEstimate, Estimate, Estimator
+    from attune_worker.models.modes import Quota
 
 SHOWN_REASONS = 20
 """Invalid lines that are named; the others are counted."""
@@ -26,13 +28,15 @@ SHOWN_REASONS = 20
 
 @dataclass
 class Sum:
-    """Jobs that would go to one model, or all of them together."""
+    """Jobs that would go to one model, or all of them together; amounts of money are by the mode of each."""
 
     jobs: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
     expected_usd: Decimal = Decimal(0)
     worst_usd: Decimal = Decimal(0)
+    subscription_jobs: int = 0
+    quota_tokens: int = 0
     unpriced_jobs: int = 0
     guessed_jobs: int = 0
 
@@ -41,9 +45,11 @@ class Sum:
         self.jobs += 1
         self.input_tokens += one.input_tokens
         self.output_tokens += one.output_tokens
-        self.expected_usd += one.expected_usd or 0
-        self.worst_usd += one.worst_usd or 0
-        self.unpriced_jobs += one.worst_usd is None
+        self.expected_usd += one.due_usd or 0
+        self.worst_usd += one.most_due_usd or 0
+        self.subscription_jobs += one.by_quota
+        self.quota_tokens += one.subscription.tokens if one.by_quota else 0
+        self.unpriced_jobs += one.most_due_usd is None
         self.guessed_jobs += one.learned_calls == 0
 
 
@@ -76,6 +82,12 @@ class Bulk:
 @click.option("--provider", "provider_hint", metavar="NAME", help="Preferred one.")
 @click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Longest answer.")
 @click.option("--max-cost", metavar="USD", help="As the job would have it.")
+@click.option("--module-lines", type=click.IntRange(min=0), metavar="N", help="Lines of the module it is about.")
+@click.option(
+    "--auth-mode",
+    type=click.Choice([mode.value for mode in AuthMode]),
+    help="How it is to be paid for.  [default: as the auth strategy recommends]",
+)
 @click.option(
     "--jobs",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -84,6 +96,9 @@ class Bulk:
 @json_option
 def estimate(jobs: Path | None, as_json: bool, stream: BinaryIO | None, **fields: str | int | None) -> None:
     """Say what a job should cost with each model, and at worst, by what the fleet has learned. Nothing is submitted.
+
+    Amounts are by the token, with what the call would take of a subscription's quota beside them, and by which of both
+    the job would go.
 
     Exit code 1: no model may serve the job; with --jobs, that is so for some, or some lines are no jobs.
 
@@ -162,6 +177,7 @@ CANDIDATES = (
     Column("expected USD", right=True),
     Column("worst USD", right=True),
     Column("or of a quota", 1, right=True),
+    Column("goes by", 1),
     Column("learned from", 4, right=True),
     Column("actual/expected", 4, right=True),
 )
@@ -176,14 +192,33 @@ def _cells(one: CandidateEstimate) -> tuple[str, ...]:
         f"{one.output_tokens:,}",
         usd(one.expected_usd),
         usd(one.worst_usd),
-        f"{one.subscription.tokens:,} tokens",
+        _of_quota(one.subscription),
+        _goes_by(one),
         counted(one.learned_calls, "call") if one.learned_calls else "a guess",
         ratio,
     )
 
 
+def _of_quota(quota: Quota) -> str:
+    shares = [f"{share.share:.1%} of {name}" for name, share in quota.windows.items() if share.share is not None]
+    return ", ".join([f"{quota.tokens:,} tokens", *shares])
+
+
+def _goes_by(one: CandidateEstimate) -> str:
+    if one.mode is None:
+        return "nothing"
+    return f"{one.mode.value}{', else api' if one.spills else ''}"
+
+
 def _say_first(on: Console, one: CandidateEstimate) -> None:
-    say(on, f"{one.ref}, asked first ({one.why}): expected ${usd(one.expected_usd)}, at worst ${usd(one.worst_usd)}")
+    say(on, f"{one.ref}, asked first ({one.why}): expected ${usd(one.due_usd)}, at worst ${usd(one.most_due_usd)}")
+    say(on, f"it goes by {_goes_by(one)}: {one.mode_why}")
+    if one.by_quota and one.subscription.held is not None:
+        until = (
+            "" if one.subscription.held_until is None else f" until {one.subscription.held_until:%Y-%m-%d %H:%M} UTC"
+        )
+        how = HELD.get(one.subscription.held, one.subscription.held)
+        say(on, f"its subscription {one.subscription.credential} is held up{until}: {how}", style="yellow")
     say(on, f"the expectation is {one.source}")
     if one.lately is not None and one.lately.ratio is not None:
         say(
@@ -211,6 +246,9 @@ def print_bulk(on: Console, bulk: Bulk) -> None:
     if ranked:
         total = ("total", *_sums(bulk.total))
         print_fitting(on, Rows(SUMS, [(ref, *_sums(one)) for ref, one in ranked], footer=total))
+    if bulk.total.subscription_jobs:
+        jobs, tokens = counted(bulk.total.subscription_jobs, "job"), bulk.total.quota_tokens
+        say(on, f"by subscription, for no money unless they spill: {jobs}, about {tokens:,} tokens of quota")
     if bulk.total.unpriced_jobs:
         say(on, f"in no amount, as no price is known: {counted(bulk.total.unpriced_jobs, 'job')}")
     if bulk.total.guessed_jobs:

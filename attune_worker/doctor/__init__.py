@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 
-from attune_worker.doctor import installation, providers, state, transport
+from attune_worker.doctor import credentials, installation, providers, state, transport
 from attune_worker.doctor.finding import Finding, Level
 from attune_worker.doctor.installation import versions
 from attune_worker.errors import ServiceUnavailableError
@@ -37,6 +37,7 @@ def findings(
             counts = Records(settings, redis).counts()
             queued = counts[JobStatus.QUEUED]
             yield from state.jobs(counts)
+            yield from credentials.look(settings, redis, environ)
             yield state.workers(settings, redis)
     except ServiceUnavailableError as error:
         yield Finding("redis", Level.UNREACHABLE, error.message, "Start it, or correct redis_url.")

@@ -65,10 +65,7 @@ class Wire:
         )
         self._keys_of = lru_cache(maxsize=256)(self._keys_of_model)
         self._quotas = {
-            (name, one.name): {"keep_free": one.keep_free, "burst": one.burst}
-            for name, provider in settings.providers.items()
-            for one in provider.credentials
-            if one.mode == "subscription"
+            (name, one.name): one.quota for name, provider in settings.providers.items() for one in provider.credentials
         }
         self._recheck_ms = round(settings.auth.recheck_seconds * 1000)
         self._budgets_for = lru_cache(maxsize=4096)(partial(budgets_for, settings.budgets))

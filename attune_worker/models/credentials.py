@@ -95,9 +95,7 @@ def endpoints_of(
 
 def keyless(provider: ProviderSettings) -> str:
     """Return what is missing for a provider that has no credential."""
-    secrets = [provider.api_key, *(one.secret for one in provider.credentials)]
-    sources = [secret.get_secret_value() for secret in secrets if secret is not None]
-    names = [source.removeprefix("env:") for source in sources if source.startswith("env:")]
+    names = list(provider.variables().values())
     return f"has no API key (set {' or '.join(names)})" if names else "has no API key"
 
 

@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Generic, Self, TypeVar
 
+from attune_worker.credentials import Credentials, CredentialStatus
 from attune_worker.errors import NoCandidateError
-from attune_worker.jobs import Job, ModelTier
+from attune_worker.jobs import AuthMode, Job, ModelTier
 from attune_worker.ledger import Comparison, Ledger
 from attune_worker.models.adaptive import AdaptiveModelRouter, place_of
+from attune_worker.models.auth import AuthStrategy
+from attune_worker.models.auth_current import get_auth_strategy
 from attune_worker.models.calls import Outcome, Permit
+from attune_worker.models.credentials import credentials_of
 from attune_worker.models.flow import Caller
+from attune_worker.models.modes import Mode, Quota, as_workers, mode_of, quota_of, wished
 from attune_worker.models.pricing import plain_cost, worst_case_cost
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.models.routing import most_tokens, output_limit
@@ -42,16 +47,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Quota:
-    """What a call takes out of a subscription: no money, and so many tokens of its quota."""
-
-    tokens: int
-    most_tokens: int
-    expected_usd: Decimal = Decimal(0)
-    worst_usd: Decimal = Decimal(0)
-
-
-@dataclass(frozen=True, slots=True)
 class Accuracy:
     """How far off estimates of a model in a workflow were lately.
 
@@ -71,6 +66,8 @@ class CandidateEstimate:
     ``serves``: it may be asked; ``why`` says what its place is, or what stands against it. ``expected_usd`` and
     ``worst_usd`` are those of a call that is paid by the token; None: no price is known. ``worst_usd`` cannot be
     passed: a token for every byte of the prompt, and an answer of ``max_tokens``; it is what budgets reserve.
+    ``subscription`` is the same call by a subscription. ``mode`` says by which of the two the job would go (None: there
+    is no credential for it), and ``mode_why`` what decided; ``spills``: by the token where no quota is left.
     ``source`` says what the expectation goes by, ``learned_calls`` how many calls that were (0: none, it is a guess).
     """
 
@@ -86,6 +83,9 @@ class CandidateEstimate:
     expected_usd: Decimal | None
     worst_usd: Decimal | None
     subscription: Quota
+    mode: AuthMode | None
+    mode_why: str
+    spills: bool
     source: str
     learned_calls: int
     lately: Accuracy | None
@@ -95,12 +95,28 @@ class CandidateEstimate:
         """The name that means this model and no other: ``provider/id``."""
         return f"{self.provider}/{self.model_id}"
 
+    @property
+    def by_quota(self) -> bool:
+        """Whether the call would go by a subscription."""
+        return self.mode is AuthMode.SUBSCRIPTION
+
+    @property
+    def due_usd(self) -> Decimal | None:
+        """The money that the call should cost, paid for as the job would be."""
+        return self.subscription.expected_usd if self.by_quota else self.expected_usd
+
+    @property
+    def most_due_usd(self) -> Decimal | None:
+        """The most money that it can cost, paid for as the job would be; by the token, if it may spill."""
+        return self.subscription.worst_usd if self.by_quota and not self.spills else self.worst_usd
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What a job should cost: its candidates in the order in which they would be asked, then those that may not serve.
 
-    ``expected_usd`` and ``worst_usd`` are those of one call of the first. ``most_usd`` is for everything together: as
+    ``expected_usd`` and ``worst_usd`` are those of one call of the first, by the ``mode`` that it would go by: by
+    subscription 0, unless it may spill to a key. ``most_usd`` is for everything together: as
     many attempts as the settings allow, each at its worst and charged, on the dearest models that may serve. Only a
     job whose workers die can cost more. None: a price is not known, or no model may serve. ``rule`` says how the
     first is chosen (``pinned``, ``static``, ``adaptive``; none: no model may serve). A share of the jobs may go to
@@ -122,13 +138,13 @@ class Estimate:
 
 
 class Estimator:
-    """Estimates jobs by what is known in Redis; safe for use from many threads.
+    """Estimates jobs by what is known in Redis and by the auth strategy; safe for use from many threads.
 
     A provider whose key is missing here is passed over, as it would be by a worker here. Where no provider can be
     called from here at all, as in a web backend that only submits, the workers are taken to have all keys. Every
-    method raises ``InvalidJobError`` for a job that names a model or provider which there is not, and
-    ``ServiceUnavailableError`` when Redis is away: a guess would look like
-    knowledge, and the job could not be submitted either.
+    method raises ``InvalidJobError`` for a job that names a model or provider which there is not,
+    ``ConfigurationError`` for an auth strategy that cannot be read, and ``ServiceUnavailableError`` when Redis is away:
+    a guess would look like knowledge, and the job could not be submitted either.
     """
 
     def __init__(self, settings: Settings | None = None, registry: Registry | None = None) -> None:
@@ -137,7 +153,12 @@ class Estimator:
         self._telemetry = Telemetry(self._settings)
         self._ledger = Ledger(self._settings)
         self._router = AdaptiveModelRouter(self._settings, self._registry, self._telemetry)
-        self._caller = Caller(_as_workers(self._settings), self._registry, self._router, _nothing_to_settle)
+        workers = as_workers(self._settings)
+        self._credentials = {name: credentials_of(one) for name, one in workers.providers.items()}
+        self._subscribed = any(one.subscription for found in self._credentials.values() for one in found)
+        self._caller = Caller(workers, self._registry, self._router, _nothing_to_settle, self._strategy)
+        self._standing = Credentials(self._settings)
+        self._statuses: _Kept[dict[str, tuple[CredentialStatus, ...]]] = _Kept(FRESH_SECONDS)
         self._views: _Kept[StageView] = _Kept(FRESH_SECONDS)
         self._accuracies: _Kept[dict[str, Comparison]] = _Kept(ACCURACY_SECONDS)
 
@@ -145,17 +166,18 @@ class Estimator:
         """Return what ``job`` should cost with each model."""
         view, lately = self._known(job)
         rule, serving, dropped = self._ranked(job, view)
-        found = [self._candidate(job, view, model, why, lately, serves=True) for model, why in serving]
-        others = [self._candidate(job, view, model, why, lately, serves=False) for model, why in dropped]
+        paid = self._paid(job)
+        found = [self._candidate(job, view, model, why, lately, paid, serves=True) for model, why in serving]
+        others = [self._candidate(job, view, model, why, lately, paid, serves=False) for model, why in dropped]
         first = found[0] if found else None
         workflow, stage = place_of(job)
         return Estimate(
             workflow=workflow,
             stage=stage,
             rule=rule,
-            expected_usd=None if first is None else first.expected_usd,
-            worst_usd=None if first is None else first.worst_usd,
-            most_usd=most_usd([one.worst_usd for one in found], self._settings.retry),
+            expected_usd=None if first is None else first.due_usd,
+            worst_usd=None if first is None else first.most_due_usd,
+            most_usd=most_usd([one.most_due_usd for one in found], self._settings.retry),
             candidates=(*found, *others),
         )
 
@@ -163,12 +185,13 @@ class Estimator:
         """Return the estimate of the model that would be asked first, None where none may serve."""
         view, lately = self._known(job)
         _, serving, _ = self._ranked(job, view)
-        return self._candidate(job, view, *serving[0], lately, serves=True) if serving else None
+        return self._candidate(job, view, *serving[0], lately, self._paid(job), serves=True) if serving else None
 
     def close(self) -> None:
         """Give connections back."""
         self._ledger.close()
         self._router.close()
+        self._standing.close()
 
     def __enter__(self) -> Self:
         return self
@@ -180,6 +203,23 @@ class Estimator:
         workflow, stage = place_of(job)
         view = self._views.get((workflow, stage), lambda: self._telemetry.view(workflow, stage))
         return view, self._accuracies.get(workflow, lambda: self._ledger.compared(workflow, LATELY_DAYS))
+
+    def _strategy(self) -> AuthStrategy:
+        return get_auth_strategy(self._settings)
+
+    def _paid(self, job: Job) -> Callable[[str, int, int], tuple[Mode, Quota]]:
+        """Return what says how a job is paid for at a provider, and what so many tokens would take of a quota."""
+        strategy = self._strategy() if self._subscribed else None
+        wish, because = wished(job, strategy, self._settings.auth.spill_to_api)
+        standing = self._statuses.get((), self._standing.status) if self._subscribed else {}
+
+        def paid(provider: str, tokens: int, most: int) -> tuple[Mode, Quota]:
+            there = self._credentials[provider]
+            names = {one.name for one in there}
+            statuses = [one for one in standing.get(provider, ()) if one.name in names]
+            return mode_of(there, wish, because), quota_of(tokens, most, statuses)
+
+        return paid
 
     def _ranked(
         self, job: Job, view: StageView
@@ -203,12 +243,14 @@ class Estimator:
         model: ModelInfo,
         why: str,
         lately: dict[str, Comparison],
+        paid: Callable[[str, int, int], tuple[Mode, Quota]],
         *,
         serves: bool,
     ) -> CandidateEstimate:
         learned, limit = basis(view, model.ref), output_limit(job, model, self._settings.default_max_tokens)
         prompt, answer = learned.tokens(job, limit)
         most = most_tokens(job)
+        mode, quota = paid(model.provider, prompt + answer, most + limit)
         compared = lately.get(model.ref)
         return CandidateEstimate(
             model_id=model.id,
@@ -222,7 +264,10 @@ class Estimator:
             most_output_tokens=limit,
             expected_usd=plain_cost(model, prompt, answer),
             worst_usd=worst_case_cost(model, most, limit),
-            subscription=Quota(prompt + answer, most + limit),
+            subscription=quota,
+            mode=mode.mode,
+            mode_why=mode.why,
+            spills=mode.spills,
             source=str(learned),
             learned_calls=learned.calls,
             lately=None if compared is None else Accuracy(compared.calls, compared.ratio, compared.mean_off_usd),
@@ -255,14 +300,6 @@ class _Kept(Generic[T]):
                 self._values.clear()
             self._values[key] = now, value
         return value
-
-
-def _as_workers(settings: Settings) -> Settings:
-    """Return the settings; where no provider can be called from here, as if none needed a key."""
-    if any(one.usable() for one in settings.providers.values()):
-        return settings
-    open_to_all = {name: one.model_copy(update={"api_key": None}) for name, one in settings.providers.items()}
-    return settings.model_copy(update={"providers": open_to_all})
 
 
 def _nothing_to_settle(permit: Permit, outcome: Outcome) -> None:

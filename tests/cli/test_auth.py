@@ -101,12 +101,11 @@ def test_status_shows_what_holds_and_who_says_so(auth, file, settings, redis):
 
 
 def test_status_needs_no_redis_for_a_file(auth):
-    """The strategy is shown; that what was learned is not known now is shown with it."""
-    shown = auth("status", REDIS_URL=NOBODY).stdout
+    """The strategy is shown; that what was learned is not known now is shown with it, and is exit code 3."""
+    shown = auth("status", REDIS_URL=NOBODY, code=3).stdout
     assert "what was learned is not known now: Redis at redis://:***@127.0.0.1:1/0 cannot be reached" in shown
-    assert (
-        "cannot be reached" in json.loads(auth("status", "--json", REDIS_URL=NOBODY).stdout)["tokens_per_line"]["error"]
-    )
+    known = json.loads(auth("status", "--json", REDIS_URL=NOBODY, code=3).stdout)
+    assert "cannot be reached" in known["tokens_per_line"]["error"]
 
 
 @pytest.mark.parametrize("command", [["status"], ["setup", "--tier", "max"], ["recommend", "--lines", "5"], ["reset"]])

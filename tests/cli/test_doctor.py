@@ -11,8 +11,11 @@ from attune_worker.client import Client
 from attune_worker.doctor import installation, state, versions
 from attune_worker.doctor.providers import Reply, judged
 from attune_worker.doctor.transport import redelivery
+from attune_worker.errors import CredentialError
 from attune_worker.jobs import Job
+from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
+from attune_worker.simulator import Profile
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.store.leases import Leases
 from attune_worker.store.server import eviction_warning
@@ -23,8 +26,8 @@ from tests.conftest import API_KEY
 def doctor(invoke):
     """Return a function that asks the doctor and returns the findings by what was looked at."""
 
-    def ask(code=0, **overrides):
-        told = json.loads(invoke("doctor", "--json", code=code, **overrides).stdout)
+    def ask(*options, code=0, **overrides):
+        told = json.loads(invoke("doctor", "--json", *options, code=code, **overrides).stdout)
         return {one["check"]: (one["level"], one["text"], one["fix"]) for one in told["findings"]}
 
     return ask
@@ -53,7 +56,7 @@ def test_a_healthy_fleet_has_nothing_to_mend(doctor, settings):
     assert {level for level, _, _ in found.values()} == {"ok"}
     assert set(found) == {
         "python", "packages", "settings", "providers", "prices", "provider", "redis", "version", "eviction",
-        "durability", "latency", "clock", "jobs", "workers", "broker", "redelivery",
+        "durability", "latency", "clock", "jobs", "workers", "credentials", "broker", "redelivery",
     }  # fmt: skip
     assert "host:1:aaaa" in found["workers"][1]
     assert "can be called from here: anthropic, openai" in found["providers"][1]
@@ -253,6 +256,87 @@ def test_a_key_that_is_refused_is_a_failure(asked, invoke):
     changed = {"PROVIDERS__OPENAI__API_KEY": "sk-wrong"}
     assert asked(code=1, **changed)["openai"] == ("failed", "openai refuses the key, so its calls fail (401)")
     assert "Renew the key" in invoke("doctor", code=1, **changed).output
+
+
+OTHERS = [
+    {"name": "two", "secret": "sk-second-hush"},
+    {"name": "team", "mode": "subscription", "secret": "token-hush"},
+]
+SEVERAL = {"PROVIDERS__ANTHROPIC__CREDENTIALS": json.dumps(OTHERS)}
+
+
+def test_each_key_is_asked_and_the_refused_one_is_named(asked, invoke, simulator):
+    """While others of its provider are taken its calls go by them: a warning; no quota is used."""
+    window = {"capacity_tokens": 1000}
+    team = {"token-hush": {"name": "team", "windows": {"5h": window}}}
+    simulator.profile = Profile.parse({"api_keys": [API_KEY], "subscriptions": team})
+    found = asked(**SEVERAL)
+    assert found["anthropic/two"] == (
+        "warning",
+        "anthropic/two refuses the key, so its calls fail (401); others go on",
+    )
+    assert [found[name][0] for name in ("anthropic/default", "anthropic/team", "openai")] == ["ok"] * 3
+    [quota] = simulator.subscriptions().values()
+    assert (quota["served"], quota["tokens"], simulator.requests()["requests"]) == (0, 0, [])
+    assert "hush" not in invoke("doctor", **SEVERAL).output
+
+
+def test_a_provider_that_takes_none_of_its_keys_is_a_failure(asked, simulator):
+    """Exit code 1, though another provider goes on."""
+    simulator.profile = Profile.parse({"api_keys": ["another"]})
+    found = asked(code=1, **SEVERAL, PROVIDERS__OPENAI__API_KEY="another")
+    of_anthropic = {found[f"anthropic/{name}"][0] for name in ("default", "two", "team")}
+    assert (of_anthropic, found["openai"][0]) == ({"failed"}, "ok")
+
+
+def test_a_provider_with_several_keys_that_is_away_is_told_once(invoke):
+    """Its keys have nothing to do with it."""
+    away = f"http://127.0.0.1:{closed_port()}"
+    told = json.loads(invoke("doctor", "--json", **SEVERAL, PROVIDERS__ANTHROPIC__BASE_URL=away).stdout)
+    texts = [one["text"] for one in told["findings"] if one["check"] == "provider"]
+    assert len([text for text in texts if "does not answer" in text]) == 1
+
+
+@pytest.fixture
+def with_keys(environ, simulator):
+    """Return a function that calls by keys until each of them was refused, and returns nothing."""
+
+    def call(*models, **overrides):
+        simulator.profile = Profile.parse({"api_keys": ["another"]})
+        own = {**environ, **{f"ATTUNE_{name}": value for name, value in overrides.items()}}
+        with EmpathyLLMExecutor(Settings.load(environ=own)) as executor:
+            for model in models:
+                with pytest.raises(CredentialError):
+                    executor.run("summarize", "?", model=model)
+        simulator.profile = Profile.parse({"api_keys": [API_KEY]})
+
+    return call
+
+
+def test_a_key_that_calls_were_refused_by_is_a_finding(doctor, with_keys):
+    """With since when, when it is tried again, and what to do; exit code 1 once all keys of all providers are out."""
+    with_keys("claude-haiku-5-5")
+    level, text, fix = doctor("--offline")["credentials"]
+    assert (level, text.startswith("anthropic/default is refused since ")) == ("warning", True)
+    assert "(credential, 401); one call tries it again at " in text
+    assert fix.endswith("attune-worker auth reset --key anthropic/default")
+    with_keys("gpt-6-luna")
+    level, text, _ = doctor("--offline", code=1)["credentials"]
+    assert (level, text.endswith("; no other key is left")) == ("failed", True)
+
+
+def test_a_quota_that_is_used_up_is_a_finding(doctor, environ, simulator):
+    """With when it is back, and that nothing is paid for instead."""
+    window = {"capacity_tokens": 1000, "used": 0.98, "resets_in_seconds": 600}
+    team = {"token-hush": {"name": "team", "windows": {"5h": window}}}
+    simulator.profile = Profile.parse({"api_keys": [API_KEY], "subscriptions": team})
+    own = {**environ, **{f"ATTUNE_{name}": value for name, value in SEVERAL.items()}}
+    with EmpathyLLMExecutor(Settings.load(environ=own)) as executor:
+        executor.run("match_pattern", "?", model="claude-haiku-5-5", auth_mode="subscription", max_tokens=10)
+    level, text, fix = doctor("--offline", **SEVERAL)["credentials"]
+    assert (level, text.startswith("anthropic/team has no quota left (5h at 9")) == ("warning", True)
+    assert "jobs that are to go by it wait" in text
+    assert "spill_to_api" in fix
 
 
 def test_a_provider_that_is_away_is_a_warning_while_another_answers(asked):

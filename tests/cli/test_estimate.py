@@ -56,6 +56,41 @@ def test_wishes_change_the_estimate(invoke):
     assert [one["model_id"] for one in pinned["candidates"]] == ["gpt-6-luna"]
 
 
+TEAM = json.dumps([{"name": "team", "mode": "subscription", "secret": "token-hush"}])
+
+
+@pytest.mark.parametrize(("lines", "mode"), [("1999", "subscription"), ("2000", "api")])
+def test_mode_of_a_job_is_told_with_what_decided(invoke, tmp_path, lines, mode):
+    """As the auth strategy recommends for its size; by subscription it costs nothing, and the price is beside it."""
+    asked = ("costs", "estimate", *JOB, "--prompt", PROMPT, "--module-lines", lines)
+    fleet = {"PROVIDERS__ANTHROPIC__CREDENTIALS": TEAM, "AUTH__FILE": tmp_path / "auth.json"}
+    told = json.loads(invoke(*asked, "--json", **fleet).stdout)
+    first = told["candidates"][0]
+    assert (first["provider"], first["mode"], first["spills"]) == ("anthropic", mode, False)
+    assert Decimal(first["expected_usd"]) > 0
+    assert (Decimal(told["expected_usd"]) > 0) == (Decimal(told["worst_usd"]) > 0) == (mode == "api")
+    shown = invoke(*asked, **fleet).stdout
+    assert f"it goes by {mode}: the strategy recommends" in shown
+    assert "medium_module_threshold (2000)" in shown
+    assert "hush" not in shown
+    other = "api" if mode == "subscription" else "subscription"
+    own = json.loads(invoke(*asked, "--auth-mode", other, "--json", **fleet).stdout)["candidates"][0]
+    assert (own["mode"], own["mode_why"].startswith("the job asks for")) == (other, True)
+
+
+def test_jobs_of_a_file_that_go_by_subscription_are_summed_in_tokens(invoke, tmp_path):
+    """And in no amount of money."""
+    file = tmp_path / "jobs.jsonl"
+    jobs = [{"task_type": "summarize", "prompt": PROMPT, "module_lines": lines} for lines in (10, 499, 2000)]
+    file.write_text("\n".join(map(json.dumps, jobs)))
+    fleet = {"PROVIDERS__ANTHROPIC__CREDENTIALS": TEAM, "AUTH__FILE": tmp_path / "auth.json"}
+    total = json.loads(invoke("costs", "estimate", "--jobs", str(file), "--json", **fleet).stdout)["total"]
+    assert (total["jobs"], total["subscription_jobs"]) == (3, 2)
+    assert total["quota_tokens"] == (total["input_tokens"] + total["output_tokens"]) * 2 / 3
+    shown = invoke("costs", "estimate", "--jobs", str(file), **fleet).stdout
+    assert f"unless they spill: 2 jobs, about {total['quota_tokens']:,} tokens" in shown
+
+
 def test_nobody_who_may_serve_is_exit_code_1(invoke):
     """The reasons are shown."""
     ran = invoke("costs", "estimate", *JOB, "--prompt", "?", "--max-cost", "0.000000001", code=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +165,80 @@ def test_a_program_without_keys_sees_what_the_workers_will(settings: Settings) -
     with Estimator(keyless) as estimator:
         found = estimator.estimate(job())
     assert {one.provider for one in found.candidates if one.serves} == {"anthropic", "openai", "google"}
+
+
+TEAM = {"name": "team", "mode": "subscription", "secret": "env:NOT_SET", "burst": 1.0}
+
+
+@pytest.fixture
+def make_settings(settings: Settings, tmp_path: Path) -> Callable[..., Settings]:
+    """Return a function that gives Anthropic a subscription, and the fleet other settings."""
+
+    def make(*, secret: str = "token-never-shown", **changes: Any) -> Settings:
+        fields = settings.model_dump() | {"auth": {"file": tmp_path / "auth.json", **changes}}
+        fields["providers"]["anthropic"] |= {"credentials": [{**TEAM, "secret": secret}]}
+        return Settings.model_validate(fields)
+
+    return make
+
+
+def test_both_modes_are_told_and_which_one_the_job_would_go_by(make_settings: Callable[..., Settings]) -> None:
+    """As the strategy recommends; 0 by subscription, but what a key would cost where it may spill."""
+    with Estimator(make_settings()) as estimator:
+        small, large = (estimator.estimate(job(module_lines=lines)) for lines in (1999, 2000))
+        spills = estimator.estimate(job(module_lines=1999, spill_to_api=True))
+        own = estimator.estimate(job(module_lines=1999, auth_mode="api"))
+    assert small.first is not None
+    assert large.first is not None
+    assert (small.first.mode, large.first.mode) == ("subscription", "api")
+    assert (small.expected_usd, small.worst_usd, small.most_usd) == (0, 0, 0)
+    assert {one.provider for one in small.candidates if one.serves} == {"anthropic"}  # no bill elsewhere
+    assert (large.expected_usd, large.worst_usd) == (small.first.expected_usd, small.first.worst_usd)
+    assert small.first.mode_why == (
+        "the strategy recommends a subscription for a job of its size: 1,999 lines, it is below "
+        "medium_module_threshold (2000), and prefer_subscription is on"
+    )
+    assert spills.first is not None
+    assert (spills.first.mode, spills.first.spills) == ("subscription", True)
+    assert (spills.expected_usd, spills.worst_usd) == (0, large.worst_usd)
+    assert own.first is not None
+    assert (own.first.mode, own.first.mode_why) == ("api", "the job asks for an API key")
+    others = {one.mode_why for one in large.candidates if one.provider == "openai"}
+    assert others == {"there is no subscription"}
+
+
+def test_share_of_a_window_is_told_once_its_size_is_known(make_settings: Callable[..., Settings], redis: Redis) -> None:
+    """With what is used of it, and that it is held up."""
+    settings = make_settings()
+    key = FleetKeys(settings.namespace).credential("anthropic", "team")
+    reset_ms = round(time.time() * 1000) + 3_600_000
+    redis.hset(key, mapping={"5h_utilization": 0.5, "5h_reset_ms": reset_ms, "5h_told_ms": reset_ms - 3_600_000})
+    with Estimator(settings) as estimator:
+        first = estimator.first(job(module_lines=1))
+    assert first is not None
+    assert first.subscription.credential == "team"
+    window = first.subscription.windows["5h"]
+    assert (window.share, window.most_share, window.used) == (None, None, 0.5)
+    redis.hset(key, mapping={"5h_utilization": 1.0, "5h_capacity": 100_000})
+    with Estimator(settings) as estimator:
+        quota = estimator.first(job(module_lines=1, max_tokens=1000)).subscription
+    window = quota.windows["5h"]
+    assert (window.share, window.most_share, window.used) == (750 / 100_000, 2032 / 100_000, 1.0)
+    assert (quota.held, quota.held_until) == ("quota_used_up", window.resets_at)
+
+
+def test_a_program_without_keys_sees_the_mode_that_workers_will_have(make_settings: Callable[..., Settings]) -> None:
+    """Where a provider has keys of several names too: none of its secrets is there, and each counts as if it were."""
+    settings = make_settings(secret="env:NOT_SET")
+    providers = {
+        name: one.model_copy(update={"api_key": SecretStr("env:NOT_SET")}) for name, one in settings.providers.items()
+    }
+    with Estimator(settings.model_copy(update={"providers": providers})) as estimator:
+        small, large = (estimator.estimate(job(module_lines=lines)) for lines in (1, 2000))
+    assert small.first is not None
+    assert small.first.mode == "subscription"
+    assert {one.mode for one in large.candidates if one.serves} == {"api"}
+    assert {one.provider for one in large.candidates if one.serves} == {"anthropic", "openai", "google"}
 
 
 def test_what_cannot_be_known_is_said(settings: Settings, estimator: Estimator) -> None:

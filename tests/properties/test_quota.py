@@ -1,4 +1,4 @@
-"""Is a subscription's quota kept whatever happens? The credential's script against a provider that counts for itself."""
+"""Is a subscription's quota kept, whatever happens? Its script against a provider that counts for itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class Call:
 
     most: int
     covers: str
-    began: int
     took: int | None = None
     window: dict[str, Any] | None = None
 
@@ -51,9 +50,74 @@ class Provider:
 
     def count(self, call: Call, tokens: int, now: int) -> None:
         self.roll(now)
-        share = (self.used + (0 if self.before else tokens)) / CAPACITY
+        call.window = told(self.shown(self.used + (0 if self.before else tokens)), self.reset)
         call.took, self.used = tokens, self.used + tokens
-        call.window = told(min(math.floor(share * 100) / 100 if self.floor else round(share, 2), 1.0), self.reset)
+
+    def shown(self, used: int) -> float:
+        share = used / CAPACITY
+        return min(math.floor(share * 100) / 100 if self.floor else round(share, 2), 1.0)
+
+
+@dataclass
+class Fleet:
+    """Workers that call the provider as far as the script allows; ``limit`` is what they may use of a window."""
+
+    token: Token
+    provider: Provider
+    limit: float
+    now: int = T
+    under_way: list[Call] = field(default_factory=list)
+    orphans: list[Call] = field(default_factory=list)
+
+    def step(self, what: str, tokens: int, place: int) -> None:
+        """Do what is drawn; where there is nothing to do it to, nothing."""
+        if what == "wait":
+            self.now += place * 4
+            self.provider.roll(self.now)
+        elif what == "ask":
+            self._ask(tokens)
+        else:
+            calls = {"count": self._ahead(), "release": self._ahead(), "late": self.orphans}.get(what, self._answered())
+            if calls:
+                getattr(self, f"_{what}")(calls[place % len(calls)], tokens)
+
+    def _ahead(self) -> list[Call]:
+        return [call for call in self.under_way if call.took is None]
+
+    def _answered(self) -> list[Call]:
+        return [call for call in self.under_way if call.took is not None]
+
+    def _ask(self, tokens: int) -> None:
+        finds_out = float(self.token.field("5h_reset_ms") or 0) <= self.now
+        while not (verdict := self.token.take(self.now, tokens, lease_ms=LEASE_MS))["allowed"] and tokens > 1:
+            tokens //= 2  # to the brim
+        if not verdict["allowed"]:
+            return
+        assert not (finds_out and self.under_way), "one call at a time finds out"
+        self.under_way.append(Call(tokens, verdict["covers"]))
+        assert finds_out or self.provider.used + sum(call.most for call in self._ahead()) <= self.limit
+
+    def _count(self, call: Call, tokens: int) -> None:
+        self.provider.count(call, min(tokens, call.most), self.now)
+
+    def _settle(self, call: Call, _: int, *, counted: bool = False) -> None:
+        if not counted:
+            self.under_way.remove(call)
+        told = {"covers": call.covers, "used_tokens": call.took, "counted": counted}
+        self.token.settle(self.now, call.most, *filter(None, [call.window]), **told)
+
+    def _orphan(self, call: Call, _: int) -> None:
+        self.under_way.remove(call)
+        self.orphans.append(call)
+        self.token.settle(self.now, call.most, used_tokens=None, succeeded=False)
+
+    def _late(self, call: Call, tokens: int) -> None:
+        self.orphans.remove(call)
+        self._settle(call, tokens, counted=True)
+
+    def _release(self, call: Call, _: int) -> None:
+        self.under_way.remove(call)
+        self.token.settle(self.now, call.most, released=True, succeeded=False)
 
 
 @pytest.fixture
@@ -65,7 +129,7 @@ def token(settings: Settings) -> Iterator[Token]:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["ask", "ask", "ask", "count", "settle", "settle", "orphan", "release", "wait"]),
+        st.sampled_from(["ask", "ask", "ask", "count", "settle", "settle", "orphan", "late", "release", "wait"]),
         st.integers(1, 6000),
         st.integers(0, 10**6),
     ),
@@ -100,44 +164,9 @@ def test_what_is_allowed_never_passes_what_there_is(
     token.redis.delete(token.key)
     token.quota = {"keep_free": keep_free, "burst": 1.0}
     provider = Provider(CAPACITY * start // 1000, floor, before)
-    share = provider.used / CAPACITY
-    token.stands(math.floor(share * 100) / 100 if floor else round(share, 2), learned)
-    now, under_way, orphans = T, list[Call](), list[Call]()
-    limit = CAPACITY * (1 - keep_free)
-    for what, most, place in steps:
-        tokens = most
-        uncounted = [call for call in under_way if call.took is None]
-        counted = [call for call in under_way if call.took is not None]
-        if what == "wait":
-            now += place * 4
-            provider.roll(now)
-        elif what == "ask":
-            finds_out = float(token.field("5h_reset_ms") or 0) <= now
-            while not (verdict := token.take(now, tokens, lease_ms=LEASE_MS))["allowed"] and tokens > 1:
-                tokens //= 2  # to the brim
-            if verdict["allowed"]:
-                assert not (finds_out and under_way), "one call at a time finds out"
-                under_way.append(Call(tokens, verdict["covers"], now))
-                ahead = sum(call.most for call in under_way if call.took is None)
-                assert finds_out or provider.used + ahead <= limit
-        elif what == "count" and uncounted:
-            call = uncounted[place % len(uncounted)]
-            provider.count(call, min(tokens, call.most), now)
-        elif what == "settle" and counted:
-            call = counted[place % len(counted)]
-            under_way.remove(call)
-            token.settle(now, call.most, call.window, covers=call.covers, used_tokens=call.took)
-        elif what == "orphan" and counted:
-            call = counted[place % len(counted)]
-            under_way.remove(call)
-            orphans.append(call)
-            token.settle(now, call.most, used_tokens=None, succeeded=False)
-        elif what == "orphan" and orphans:
-            call = orphans.pop(place % len(orphans))
-            token.settle(now, call.most, call.window, covers=call.covers, used_tokens=call.took, counted=True)
-        elif what == "release" and uncounted:
-            call = uncounted[place % len(uncounted)]
-            under_way.remove(call)
-            token.settle(now, call.most, released=True, succeeded=False)
+    token.stands(provider.shown(provider.used), learned)
+    fleet = Fleet(token, provider, CAPACITY * (1 - keep_free))
+    for what, tokens, place in steps:
+        fleet.step(what, tokens, place)
     assert all(used <= CAPACITY for used in provider.lived_through)
     assert float(token.field("5h_capacity") or 0) <= CAPACITY

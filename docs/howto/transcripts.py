@@ -11,6 +11,7 @@ answers. Those below it run with a Redis URL that nobody answers at.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -42,7 +43,7 @@ STOPS_SECONDS = 6.0
 """When a command that does not end by itself gets Ctrl-C."""
 
 LONGEST_SECONDS = 120.0
-LONGEST_LINES = 40
+LONGEST_LINES = 55
 """Of a longer output the page shows the beginning."""
 
 CONFIG = """
@@ -58,7 +59,14 @@ limit_usd = "5"
 per = "month"
 limit_usd = "50"
 tenant = "*"
+
+[[providers.openai.credentials]]
+name = "team-b"
+secret = "env:OPENAI_API_KEY_B"
 """
+
+REVOKED = "sk-revoked"
+"""The key that the provider refuses; no secret, and on no page."""
 
 CODE = '''"""A module to count."""
 
@@ -70,8 +78,8 @@ def mean(values):
 
 
 @contextmanager
-def fleet(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield the environment of a fleet with a history, in which one provider is down."""
+def fleet(folder: Path) -> Iterator[tuple[dict[str, str], Simulator]]:
+    """Yield the environment of a fleet with a history, in which one provider is down, and the provider that is up."""
     own = {name: text for name, text in os.environ.items() if not name.startswith(("ATTUNE_", "FLOWER_"))}
     config = folder / "attune.toml"
     config.write_text(CONFIG)
@@ -79,7 +87,7 @@ def fleet(folder: Path) -> Iterator[dict[str, str]]:
     down = Profile(latency=quick, errors={"overloaded": 1.0})
     with (
         EmbeddedRedis(folder / "redis") as redis,
-        Simulator(Profile(latency=quick)) as openai,
+        Simulator(Profile(latency=quick, refused_keys=(REVOKED,))) as openai,
         Simulator(Profile(latency=quick)) as anthropic,
     ):
         environ = own | simulated_providers(anthropic.url, openai.openai_url)
@@ -88,6 +96,8 @@ def fleet(folder: Path) -> Iterator[dict[str, str]]:
             "ATTUNE_REDIS_URL": redis.url,
             "ATTUNE_AUTH__FILE": str(folder / "auth.json"),
             "ATTUNE_RETENTION_SECONDS": "3600",
+            "OPENAI_API_KEY_B": REVOKED,
+            "FLOWER_BASIC_AUTH": "somebody:a-password",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}",
         }
         environ.pop("ATTUNE_PROVIDERS__GOOGLE__API_KEY")
@@ -96,7 +106,7 @@ def fleet(folder: Path) -> Iterator[dict[str, str]]:
             _work(environ, 60)
             anthropic.profile = down
             _work(environ, 40)
-            yield environ
+            yield environ, openai
 
 
 def _work(environ: Mapping[str, str], jobs: int) -> None:
@@ -172,7 +182,7 @@ def _plain(screen: str) -> str:
     text = ESCAPE.sub("", screen.replace("\r\n", "\n"))
     text = re.sub(r"[^\n]*\r", "", text)
     text = re.sub(rf"{tempfile.gettempdir()}/[\w.-]*transcripts[\w.-]*", "/srv", text)
-    text = re.sub(r"Linux-\S+", "Linux", text)
+    text = re.sub(r"Linux-\S+", "Linux", text).replace(sys.prefix, "/srv/venv").replace(str(Path.cwd()), "/srv")
     text = text.replace(os.uname().nodename, "host").replace(str(Path.home()), "~")
     lines = [line.rstrip() for line in text.strip("\n").split("\n")]
     cut = [*lines[:LONGEST_LINES], "…"] if len(lines) > LONGEST_LINES else lines
@@ -188,8 +198,10 @@ def rewritten(text: str) -> tuple[str, list[str]]:
         (folder / "mean.py").write_text(CODE)
         (folder / "jobs.jsonl").write_text('{"id": "a", "task_type": "summarize", "prompt": "A text."}\n')
 
-        def blocks(part: str, environ: Mapping[str, str]) -> str:
+        def blocks(part: str, environ: Mapping[str, str], provider: Simulator | None = None) -> str:
             def ran(block: re.Match[str]) -> str:
+                if provider is not None:
+                    (folder / "invoice.json").write_text(json.dumps(provider.invoice()))
                 screen, code = run(block[1], environ, folder)
                 before = EXIT.search(block[2])
                 if block[2] and int(before[1] if before else 0) != code:
@@ -199,8 +211,8 @@ def rewritten(text: str) -> tuple[str, list[str]]:
 
             return BLOCK.sub(ran, part)
 
-        with fleet(folder) as environ:
-            live = blocks(live, environ)
+        with fleet(folder) as (environ, openai):
+            live = blocks(live, environ, openai)
         dead = blocks(dead, nobody(folder))
     return live + heading + dead, changed
 

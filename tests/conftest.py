@@ -27,7 +27,7 @@ from attune_worker.store.records import Records
 API_KEY = "sk-test-3b1f0c-never-shown"
 """What every simulated provider accepts as its key; no output may ever hold it."""
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 """How long a test waits for something that should happen at once, before it fails."""
 
 Until = Callable[[Callable[[], Any]], Any]

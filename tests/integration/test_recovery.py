@@ -305,6 +305,8 @@ def test_great_many_jobs_are_taken_over_bit_by_bit(records: Records, recovery: R
 
 def test_live_workers_that_come_and_go_lose_no_job(settings: Settings) -> None:
     """However the sweeper's looks fall between lease, claim and end: who lives is never taken for dead."""
+    patient = settings.recovery.model_copy(update={"lease_seconds": 16})  # an eighth of it Redis may take to answer
+    settings = settings.model_copy(update={"recovery": patient})
     stopping = threading.Event()
     jobs: list[str] = []
     ends: list[Finish] = []

@@ -59,7 +59,7 @@ ANSWER = HttpResponse(
 )
 OVERLOADED = HttpResponse(529, {}, b"{}")
 RATE_LIMITED = HttpResponse(429, {}, b"{}")
-SHORT = 0.5
+SHORT = 1.5
 """Seconds; longer than a flow takes between two effects."""
 
 FAILED = Attempt(

@@ -98,7 +98,6 @@ def fleet(folder: Path) -> Iterator[tuple[dict[str, str], Simulator]]:
             "ATTUNE_RETENTION_SECONDS": "3600",
             "OPENAI_API_KEY_B": REVOKED,
             "FLOWER_BASIC_AUTH": "somebody:a-password",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}",
         }
         environ.pop("ATTUNE_PROVIDERS__GOOGLE__API_KEY")
         with LocalFleet(2, environ, folder / "workers", concurrency=20) as workers:
@@ -135,18 +134,19 @@ def nobody(folder: Path) -> dict[str, str]:
     return own | {
         "ATTUNE_REDIS_URL": "redis://:a-password@127.0.0.1:1/0",
         "ATTUNE_AUTH__FILE": str(folder / "auth.json"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}",
     }
 
 
 def run(line: str, environ: Mapping[str, str], folder: Path) -> tuple[str, int]:
     """Run a command line at a terminal, ending it with Ctrl-C when it does not end, and return screen and exit code."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environ.get('PATH', '')}"
+    terminal = {"PATH": path, "TERM": "dumb", "PYTHONWARNINGS": "ignore", "COLUMNS": str(COLUMNS), "NO_COLOR": "1"}
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 200, COLUMNS, 0, 0))
     process = subprocess.Popen(
         ["/bin/sh", "-c", f"exec {line}"],
         cwd=folder,
-        env={**environ, "TERM": "dumb", "PYTHONWARNINGS": "ignore", "COLUMNS": str(COLUMNS), "NO_COLOR": "1"},
+        env={**environ, **terminal},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

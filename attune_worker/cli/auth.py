@@ -229,9 +229,7 @@ def _recommend(file: Path | str | None, lines: int | None, model: str | None, *,
 
 def _subscribed() -> bool:
     """Whether any provider has a subscription, be its token here or only with the workers."""
-    return any(
-        one.mode == "subscription" for those in get_settings().providers.values() for one in those.credentials
-    )
+    return any(one.mode == "subscription" for those in get_settings().providers.values() for one in those.credentials)
 
 
 def _reset(*, confirm: bool, key: str | None, as_json: bool) -> int:

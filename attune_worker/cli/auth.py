@@ -222,7 +222,14 @@ def _recommend(file: Path | str | None, lines: int | None, model: str | None, *,
         print_json({"file": None if file is None else str(file), **found})
     else:
         print_recommended(console(), found, None if file is None else str(file))
+        if found["recommendation"] is AuthMode.SUBSCRIPTION and not _subscribed():
+            click.echo("no provider has a subscription in these settings: jobs go by api (attune-worker auth status)")
     return 0
+
+
+def _subscribed() -> bool:
+    """Whether any provider has a subscription, be its token here or only with the workers."""
+    return any(one.mode == "subscription" for those in get_settings().providers.values() for one in those.credentials)
 
 
 def _reset(*, confirm: bool, key: str | None, as_json: bool) -> int:

@@ -152,6 +152,8 @@ def override(kind: str, provider: str, tier: str | None, seconds: float | None, 
 def reset(provider: str | None, tier: str | None, reason: str, as_json: bool) -> None:
     """Close circuits, forget their failures, and lift what was laid over them: one, all of a provider, or all.
 
+    New calls are made at once. A job that waits already goes on when it is due, which `jobs show` tells.
+
     Example: attune-worker breaker reset anthropic --reason "they have mended it"
     """
     with _breaker() as found:

@@ -107,7 +107,7 @@ class View:
             str(record.attempts or ""),
             self.result.model_id or "",
             self.cost,
-            self.why if len(self.why) <= MAX_WHY else f"{self.why[:MAX_WHY]}…",
+            _cut(self.why),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -242,6 +242,14 @@ def _attempt_row(attempt: Attempt) -> tuple[str, ...]:
         attempt.request_id or "",
         attempt.call_id or "",
     )
+
+
+def _cut(why: str) -> str:
+    """Return as much of a reason as the list has room for; the name of the model before it says less than the rest."""
+    model, colon, rest = why.partition(": ")
+    if colon and "/" in model and " " not in model:
+        why = rest
+    return why if len(why) <= MAX_WHY else f"{why[:MAX_WHY]}…"
 
 
 def _short(at: datetime | None) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 
-from attune_worker.doctor import credentials, installation, providers, state, transport
+from attune_worker.doctor import circuits, credentials, installation, providers, state, transport
 from attune_worker.doctor.finding import Finding, Level
 from attune_worker.doctor.installation import versions
 from attune_worker.errors import ServiceUnavailableError
@@ -38,6 +38,7 @@ def findings(
             queued = counts[JobStatus.QUEUED]
             yield from state.jobs(counts)
             yield from credentials.look(settings, redis, environ)
+            yield from circuits.look(settings, redis)
             yield state.workers(settings, redis)
     except ServiceUnavailableError as error:
         yield Finding("redis", Level.UNREACHABLE, error.message, "Start it, or correct redis_url.")

@@ -168,3 +168,10 @@ def test_the_function_does_what_the_command_does(own_environ, monkeypatch, capsy
     assert json.loads(capsys.readouterr().out) == {"reset": False, "key": "openai/default"}
     assert cmd_auth_reset(key="openai/x") == 2
     get_settings.cache_clear()
+
+
+def test_recommend_says_when_there_is_no_subscription_to_go_by(invoke, auth, tmp_path):
+    """What the plan recommends is not what workers do where no provider has a subscription."""
+    said = "no provider has a subscription in these settings"
+    assert said in invoke("auth", "recommend", "--lines", "5", AUTH__FILE=str(tmp_path / "auth.json")).stdout
+    assert said not in auth("recommend", "--lines", "5").stdout

@@ -11,8 +11,9 @@ from attune_worker.client import Client
 from attune_worker.doctor import installation, state, versions
 from attune_worker.doctor.providers import Reply, judged
 from attune_worker.doctor.transport import redelivery
-from attune_worker.errors import CredentialError
+from attune_worker.errors import CredentialError, OverloadedError
 from attune_worker.jobs import Job
+from attune_worker.models.breaker import CircuitBreaker
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile
@@ -56,7 +57,8 @@ def test_a_healthy_fleet_has_nothing_to_mend(doctor, settings):
     assert {level for level, _, _ in found.values()} == {"ok"}
     assert set(found) == {
         "python", "packages", "settings", "providers", "prices", "provider", "redis", "version", "eviction",
-        "durability", "latency", "clock", "jobs", "workers", "credentials", "broker", "redelivery",
+        "durability", "latency", "clock", "jobs", "workers", "credentials", "circuits", "broker",
+        "redelivery",
     }  # fmt: skip
     assert "host:1:aaaa" in found["workers"][1]
     assert "can be called from here: anthropic, openai" in found["providers"][1]
@@ -198,6 +200,22 @@ def test_dead_jobs_are_a_warning(doctor, records, settings):
         records.take_over("poison", f"lease-{number}", (), "it was lost")
     level, text, fix = doctor()["dead"]
     assert (level, text[-2:], "jobs dead" in fix) == ("warning", " 1", True)
+
+
+def test_circuits_that_are_not_closed_are_warnings(doctor, invoke, settings):
+    """What an operator has tripped and forgotten is named, with who, why, and what lifts it."""
+    assert doctor()["circuits"][0] == "ok"
+    invoke("breaker", "trip", "anthropic", "premium", "--reason", "maintenance")
+    level, text, fix = doctor()["circuits"]
+    assert level == "warning"
+    assert text.startswith("anthropic:premium is forced open until it is reset; maintenance; by ")
+    assert "breaker reset anthropic premium" in fix
+    invoke("breaker", "reset")
+    breaker = CircuitBreaker(1, settings=settings)
+    breaker.record_failure("anthropic", "cheap", OverloadedError("529"))
+    breaker.close()
+    level, text, fix = doctor()["circuits"]
+    assert (level, "anthropic:cheap is open until 20" in text, fix[-15:]) == ("warning", True, "anthropic cheap")
 
 
 def test_providers_without_keys_and_models_without_prices_are_warnings(doctor, tmp_path):

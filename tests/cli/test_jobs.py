@@ -113,6 +113,15 @@ def test_the_list_has_jobs_of_every_state(invoke, submit, claim, records, succee
     assert ESCAPE not in shown
 
 
+def test_the_list_says_why_a_job_waits_and_not_only_for_which_model(invoke, submit, claim, records):
+    """The long name of a model does not push out what holds the job up; ``--json`` has all of it."""
+    reason = "anthropic/claude-haiku-5-5-20261001: its circuit is open"
+    waits = submit()
+    records.put_back(waits, claim(waits).fence, 60, reason, ())
+    assert "its circuit is open" in invoke("jobs", "list", "--status", "waiting").stdout
+    assert json.loads(invoke("jobs", "list", "--json").stdout)[0]["reason"] == reason
+
+
 @pytest.mark.parametrize("status", ["queued", "dead", "failed", "succeeded"])
 def test_the_list_can_be_of_one_state(invoke, submit, succeeded, failed, dead, status):
     """``--status`` leaves the others out."""

@@ -17,6 +17,8 @@ from attune_worker.providers.rate_headers import Observed
 PROXY_REFUSED = 407
 """It is a proxy on the way that does not let the call pass, whatever the provider thinks of the key."""
 
+FORBIDDEN = 403
+
 
 @dataclass(frozen=True, slots=True)
 class Quote:
@@ -158,7 +160,7 @@ class Outcome:
             error=outcome.type,
             retry_after=outcome.retry_after,
             rate_limited=isinstance(outcome, RateLimitedError),
-            refused=isinstance(outcome, CredentialError) and outcome.status != PROXY_REFUSED,
+            refused=isinstance(outcome, CredentialError) and _is_of_the_key(outcome),
             observed=observed,
             status=attempt.status,
             request_id=attempt.request_id,
@@ -178,3 +180,12 @@ class Outcome:
     def orphaned(cls) -> Self:
         """Return the outcome of a call whose worker died before it said what the call did."""
         return cls("orphaned", "ignored", 0)
+
+
+def _is_of_the_key(error: CredentialError) -> bool:
+    """Whether it is the provider that speaks, and of the key.
+
+    A 403 in no provider's words is that of something on the way, a firewall that did not like the prompt: the key is
+    good for everybody else's.
+    """
+    return error.status != PROXY_REFUSED and not (error.status == FORBIDDEN and error.code is None)

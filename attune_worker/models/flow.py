@@ -195,6 +195,9 @@ class Caller:
         found = candidates(
             job, self.registry, self.settings.default_max_tokens, lambda model: self._obstacle(job, model, wish)
         )
+        return self._as_wished(found, wish)
+
+    def _as_wished(self, found: Candidates, wish: Wish) -> Candidates:
         if wish.spill or wish.own is not None or wish.recommended is AuthMode.API:
             return found
         return without_silent_spill(found, self._credentials)
@@ -234,9 +237,10 @@ class Caller:
         failures = [seen_before(attempt, self.registry) for attempt in attempts]
         spent = sum((self._spent(job, attempt) for attempt in attempts), Decimal(0))
         wish = self._wish(job)
+        ranked = self._as_wished(Candidates(ranking.models, ()), wish).models  # the strategy may have changed since
         while True:
-            ways = self._ways(job, ranking.models, wish, spent)
-            models = tuple(filter(ways.of, ranking.models)) if ways.dear else ranking.models
+            ways = self._ways(job, ranked, wish, spent)
+            models = tuple(filter(ways.of, ranked)) if ways.dear else ranked
             waits_until = ends if start.patience_seconds is None else deadline
             step = self._next(models, ways, failures, waits_until)
             if step is None:
@@ -293,8 +297,8 @@ class Caller:
             _go_on_unless_stopped(verdict, attempts)
             assert isinstance(verdict, Refusal)  # noqa: S101  # the drivers answer every Admit
             refusals.append(verdict)
-        if not refusals:  # there was a way when the models were ranked
-            raise NotNowError("the auth strategy has changed since the job was routed", attempts=attempts)
+        if not refusals:
+            raise _routed_before(attempts)
         waits = [refusal for refusal in refusals if not refusal.for_budget]
         return min(waits, key=lambda refusal: refusal.retry_after_seconds) if waits else refusals[0]
 
@@ -486,7 +490,14 @@ def _time_up(start: Start, deadline: float, attempts: Sequence[Attempt], held_up
     return DeadlineExceededError("the time for this job was up before an answer came", attempts=attempts)
 
 
+def _routed_before(attempts: Sequence[Attempt]) -> NotNowError:
+    """Return how a start ends that has no way to call any model, though there was one when the models were ranked."""
+    return NotNowError("the auth strategy has changed since the job was routed", attempts=attempts)
+
+
 def _given_up(failures: Sequence[Failure], attempts: Sequence[Attempt], in_time: bool) -> ExecutionError:
+    if not failures:
+        return _routed_before(attempts)
     last = failures[-1].error
     if in_time or not last.retryable:
         last.attempts = tuple(attempts)

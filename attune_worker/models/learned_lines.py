@@ -28,6 +28,10 @@ HALF_LIFE_JOBS = 500
 MAX_TOKENS_PER_LINE = 1000
 """A job with more said little of its prompt's size: a module of three lines under a long instruction."""
 
+MIN_TOKENS_PER_LINE = 1
+"""A job with fewer was not about the whole module: it sent a part, or its size is wrong, and one absurd size would say
+for thousands of jobs what a line is."""
+
 READ_EVERY_SECONDS = 5.0
 
 
@@ -76,7 +80,7 @@ class LearnedLines:
         with reaching(self._settings):
             answer = ask(self._connected(), ("HMGET", self._key, "lines", "tokens", "jobs"))
         lines, tokens, jobs = map(_number, answer)
-        if not (lines and tokens and jobs) or not 0 < tokens / lines <= MAX_TOKENS_PER_LINE:
+        if not (lines and tokens and jobs) or not MIN_TOKENS_PER_LINE <= tokens / lines <= MAX_TOKENS_PER_LINE:
             return None
         return Learned(tokens / lines, int(jobs))
 
@@ -110,7 +114,9 @@ class LearnedLines:
 
 
 def _plausible(module_lines: int, input_tokens: int) -> bool:
-    return 0 < module_lines <= MAX_COUNT and 0 < input_tokens <= min(MAX_COUNT, MAX_TOKENS_PER_LINE * module_lines)
+    if not (0 < module_lines <= MAX_COUNT and 0 < input_tokens <= MAX_COUNT):
+        return False
+    return MIN_TOKENS_PER_LINE <= input_tokens / module_lines <= MAX_TOKENS_PER_LINE
 
 
 def _number(raw: bytes | None) -> float | None:

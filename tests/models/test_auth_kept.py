@@ -10,6 +10,7 @@ import pytest
 
 from attune_worker import AuthMode, AuthStrategy, ConfigurationError, ServiceUnavailableError, Settings
 from attune_worker import get_auth_strategy as strategy_of
+from attune_worker.jobs import MAX_COUNT
 from attune_worker.models.auth_current import CurrentStrategy
 from attune_worker.models.auth_store import auth_store
 from attune_worker.models.learned_lines import ENOUGH_JOBS, HALF_LIFE_JOBS, LearnedLines
@@ -372,16 +373,24 @@ def test_old_jobs_fade(lines):
     assert lines.read().tokens_per_line == pytest.approx((20_000 / 2 + 10 * others) / (1000 / 2 + others))
 
 
-@pytest.mark.parametrize(("module_lines", "tokens"), [(None, 5), (0, 5), (-3, 5), (5, None), (5, 0), (1, 1001)])
+@pytest.mark.parametrize(
+    ("module_lines", "tokens"), [(None, 5), (0, 5), (-3, 5), (5, None), (5, 0), (1, 1001), (6, 5), (MAX_COUNT, 500)]
+)
 def test_pairs_that_mean_nothing_are_not_learned(lines, module_lines, tokens):
-    """A job that names no size, a call whose use is unknown, three lines under a long instruction."""
+    """A job that names no size or an absurd one, a call whose use is unknown, three lines under a long instruction."""
     assert not lines.learn(module_lines, tokens)
     assert lines.read() is None
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"lines": "x", "tokens": 5, "jobs": 30}, {"lines": 5}, {"lines": "nan", "tokens": "inf", "jobs": 30}, None],
+    [
+        {"lines": "x", "tokens": 5, "jobs": 30},
+        {"lines": 5},
+        {"lines": 1e9, "tokens": 5, "jobs": 30},
+        {"lines": "nan", "tokens": "inf", "jobs": 30},
+        None,
+    ],
 )
 def test_garbled_sums_count_as_missing(lines, settings, redis, fields):
     """What somebody else wrote there is neither believed nor in the way."""

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from attune_worker.jobs import AuthMode, Job, ModelTier
+from attune_worker.models.attempts import attempt_of
 from attune_worker.models.auth import AuthStrategy
+from attune_worker.models.calls import Outcome
 from attune_worker.models.credentials import (
     DEFAULT,
     Credential,
@@ -22,6 +24,8 @@ from attune_worker.models.credentials import (
 )
 from attune_worker.models.registry import ModelInfo
 from attune_worker.models.routing import Candidates
+from attune_worker.providers.base import HttpResponse
+from attune_worker.providers.failures import failure
 from attune_worker.sections import ProviderSettings
 
 API, SUBSCRIPTION = AuthMode.API, AuthMode.SUBSCRIPTION
@@ -141,3 +145,27 @@ def test_no_bill_at_another_provider_instead_of_a_quota() -> None:
     assert model == there
     assert "spill_to_api is off" in reason
     assert without_silent_spill(found, {"here": (KEY,), "there": (KEY,)}) == found
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "refused"),
+    [
+        (401, b"", True),
+        (402, b"", True),
+        (403, b'{"error": {"type": "permission_error"}}', True),
+        (403, b"<html>Attention Required!</html>", False),
+        (407, b"", False),
+        (
+            429,
+            b'{"error": {"type": "rate_limit_error", "details": {"error_code": "enforced_spend_limit_reached"}}}',
+            True,
+        ),
+        (429, b"", False),
+        (529, b"", False),
+    ],
+)
+def test_only_a_provider_refuses_a_key(status: int, body: bytes, *, refused: bool) -> None:
+    """A firewall on the way that does not like one prompt takes the key from nobody else's."""
+    error = failure(HttpResponse(status, {}, body))
+    attempt = attempt_of(ModelInfo("haiku", "anthropic", ModelTier.CHEAP), KEY, error, 10)
+    assert Outcome.of(error, attempt, None).refused is refused

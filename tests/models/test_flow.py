@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from attune_worker.errors import (
     BudgetExceededError,
@@ -22,6 +23,7 @@ from attune_worker.errors import (
 )
 from attune_worker.jobs import Attempt, Job, ModelTier
 from attune_worker.models.adaptive import AdaptiveModelRouter
+from attune_worker.models.auth import AuthStrategy
 from attune_worker.models.calls import Outcome, Permit, Refusal
 from attune_worker.models.flow import (
     ADMITTED_TOGETHER,
@@ -39,6 +41,7 @@ from attune_worker.models.flow import (
 )
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.providers.base import HttpResponse
+from attune_worker.sections import CredentialSettings
 from attune_worker.settings import Settings
 
 JOB = Job.parse({"task_type": "summarize", "prompt": "a prompt"})
@@ -74,12 +77,13 @@ FAILED = Attempt(
 
 
 class Ranked:
-    """A flow whose first effect, the ranking, is performed by itself."""
+    """A flow whose first effect, the ranking, is performed by itself; ``then`` is what happens right after it."""
 
     def __init__(self, caller: Caller, flow: Flow) -> None:
         self._caller = caller
         self._flow = flow
         self._begun = False
+        self.then: Callable[[], None] = lambda: None
 
     def send(self, reply: Reply) -> Effect:
         if not self._begun:
@@ -87,6 +91,7 @@ class Ranked:
             effect = self._flow.send(None)
             assert isinstance(effect, Rank)
             reply = self._caller.rank(effect.job, None)
+            self.then()
         return self._flow.send(reply)
 
     def refused(self, refusal: Refusal) -> Effect:
@@ -106,9 +111,12 @@ class Lab:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.abandoned: list[tuple[Permit, Outcome]] = []
+        self.strategy = AuthStrategy()
         registry = Registry.from_settings(settings)
         self.router = AdaptiveModelRouter(settings, registry)
-        self._caller = Caller(settings, registry, self.router, lambda *ended: self.abandoned.append(ended))
+        self._caller = Caller(
+            settings, registry, self.router, lambda *ended: self.abandoned.append(ended), lambda: self.strategy
+        )
 
     def candidates(self) -> tuple[ModelInfo, ...]:
         return self._caller.candidates(JOB).models
@@ -447,3 +455,42 @@ def test_wait_leaves_a_call_of_the_same_start_enough_time(make_lab: Callable[...
     for flow in (lab.flow(patience_seconds=30.0, timeout_seconds=15.0), lab.flow()):
         permit(flow.send(None))
         assert flow.refused(Refusal("everybody is busy", 11.0)) == Wait(11.0)
+
+
+@pytest.fixture
+def subscribed(make_lab: Callable[..., Lab], settings: Settings) -> Lab:
+    """A caller with a subscription to Anthropic, and keys to that and to another provider."""
+    team = CredentialSettings(name="team", mode="subscription", secret=SecretStr("sk-never-shown"))
+    providers = dict(settings.providers)
+    providers["anthropic"] = providers["anthropic"].model_copy(update={"credentials": (team,)})
+    providers["openai"] = providers["openai"].model_copy(update={"api_key": SecretStr("sk-never-shown-either")})
+    return make_lab(providers=providers)
+
+
+def test_strategy_that_comes_after_the_ranking_lets_nothing_spill(subscribed: Lab) -> None:
+    """The models were ranked to be paid by the token; now only those of the subscription's provider are asked."""
+
+    def change() -> None:
+        subscribed.strategy = AuthStrategy()
+
+    subscribed.strategy = AuthStrategy(default_mode="api")
+    flow = subscribed.flow()
+    flow.then = change
+    effect, asked = flow.send(None), []
+    while isinstance(effect, Admit):
+        asked += [(quote.model.provider, quote.credential.name) for quote in effect.request.quotes]
+        effect = flow.send(Refusal("the quota is used up", 1.0))
+    assert set(asked) == {("anthropic", "team")}
+
+
+def test_strategy_that_comes_after_the_ranking_leaves_no_way(subscribed: Lab) -> None:
+    """Only a subscription was cheap enough, and now it is not to be used: the job is routed anew, and not lost."""
+
+    def change() -> None:
+        subscribed.strategy = AuthStrategy(default_mode="api")
+
+    job = Job.parse({"task_type": "summarize", "prompt": "a prompt", "max_cost": "0.000000001"})
+    flow = subscribed.flow(job, patience_seconds=1.0)
+    flow.then = change
+    with pytest.raises(NotNowError, match="strategy has changed"):
+        flow.send(None)

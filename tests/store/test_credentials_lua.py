@@ -320,6 +320,19 @@ def test_capacity_is_corrected_when_calls_weigh_more(token: Token) -> None:
     assert float(token.field("5h_capacity") or 0) < 200_000
 
 
+@pytest.mark.parametrize("lost", [1, 3])
+def test_calls_that_nobody_counted_teach_no_capacity(token: Token, lost: int) -> None:
+    """A worker that died before it sent anything had reserved tokens that no rise of the utilization holds."""
+    token.call(T, 100, told(0.1))
+    for _ in range(lost):
+        assert token.take(T, 50_000)["allowed"]
+        token.settle(T, 50_000, used_tokens=None, succeeded=False)
+    for step in range(1, 20):
+        token.call(T, 1000, told((10 + step) / 100))  # 1,000 tokens a hundredth: it holds 100,000
+        assert float(token.field("5h_capacity") or 0) <= 100_000
+    assert float(token.field("5h_capacity") or 0) >= 70_000
+
+
 WEIGHTS = st.lists(st.integers(1, 4000), min_size=20, max_size=60)
 
 

@@ -17,11 +17,12 @@
 --
 -- hash  refused_ms refused_error refused_status, recheck_ms (when one call tries it again); and of a quota
 --       calls reserved (tokens, both of calls under way), held_ms (the latest end of their leases), settled (tokens of
---       all calls that have ended; only grows), windowless_ms (the provider answered and told of no window);
+--       all calls that have ended; only grows), guessed (those of them that nobody counted: what had been reserved;
+--       only grows), windowless_ms (the provider answered and told of no window);
 --       for each window 5h and 7d, as told by the provider: <w>_utilization (0 to 1), <w>_reset_ms (0: the window of
 --       before has ended, the next is not told of yet), <w>_status, <w>_told_ms; and counted: <w>_covered (how much of
 --       settled the told utilization includes for certain), <w>_capacity (tokens, learned), <w>_base ('utilization
---       settled covered' from which it is being learned; settled with the calls that were under way)
+--       settled covered' from which it is being learned; settled without the guessed, with the calls that were under way)
 -- TTL   8 days after the last write: a day longer than the longest window
 --
 -- A call was answered after it was admitted, so the utilization in its answer includes all that had been settled by
@@ -35,7 +36,8 @@
 -- for ever. More do not go, as the provider's clock may be behind ours, and as others may use the subscription too.
 --
 -- The capacity lies between two bounds: tokens that are certainly in a rise of the utilization, over the rise and a unit
--- of rounding; and all that may be in it, over the rise less a unit. What was learned is moved between them.
+-- of rounding; and all that may be in it, over the rise less a unit. What was learned is moved between them. What a call
+-- had reserved is not certainly in it where nobody said what it used: it may never have reached the provider.
 local CREDENTIAL = {
   ttl_ms = 691200000,
   day_ms = 86400000,
@@ -100,7 +102,8 @@ local function credential_window(spec, found, settled, now)
 end
 
 local function credential_read(key, now)
-  local names, found = { 'refused_ms', 'recheck_ms', 'calls', 'reserved', 'held_ms', 'settled', 'windowless_ms' }, {}
+  local names = { 'refused_ms', 'recheck_ms', 'calls', 'reserved', 'held_ms', 'settled', 'guessed', 'windowless_ms' }
+  local found = {}
   for _, spec in ipairs(CREDENTIAL.windows) do
     for _, name in ipairs({ 'utilization', 'reset_ms', 'status', 'told_ms', 'covered', 'capacity', 'base' }) do
       names[#names + 1] = spec.name .. '_' .. name
@@ -118,6 +121,7 @@ local function credential_read(key, now)
     calls = under_way and credential_count(found.calls) or 0,
     reserved = under_way and credential_count(found.reserved) or 0,
     settled = credential_count(found.settled),
+    guessed = credential_count(found.guessed),
     windowless = number(found.windowless_ms, nil) ~= nil,
     windows = {},
   }
@@ -235,7 +239,7 @@ local function credential_learn(fields, window, state, utilization, covered)
   local base, unit = window.base, CREDENTIAL.unit
   local rise = base and utilization - base.utilization + 1e-9 or 0
   if base and rise >= CREDENTIAL.learn_rise then
-    local least = (covered - base.settled) / (rise + unit)
+    local least = (covered - state.guessed - base.settled) / (rise + unit)
     local most = (state.settled + state.reserved - base.covered) / (rise - unit)
     local capacity = math.min(math.max(window.capacity or 0, least), most)
     if least > 0 and capacity >= 1 then
@@ -243,7 +247,8 @@ local function credential_learn(fields, window, state, utilization, covered)
     end
   end
   if not base or rise >= CREDENTIAL.rebase_rise then
-    fields[window.name .. '_base'] = string.format('%.6f %.0f %.0f', utilization, state.settled + state.reserved, covered)
+    local certain = math.max(state.settled - state.guessed, 0) + state.reserved
+    fields[window.name .. '_base'] = string.format('%.6f %.0f %.0f', utilization, certain, covered)
   end
 end
 
@@ -296,6 +301,10 @@ local function credential_count_call(key, now, settled)
   end
   state.settled = math.min(state.settled + tokens, CREDENTIAL.most_tokens)
   fields.settled = state.settled
+  if tokens > 0 and not number(settled.used_tokens, nil) then
+    state.guessed = math.min(state.guessed + tokens, CREDENTIAL.most_tokens)
+    fields.guessed = state.guessed
+  end
   local told = {}
   for _, one in ipairs(type(settled.windows) == 'table' and settled.windows or {}) do
     told[one.name] = one

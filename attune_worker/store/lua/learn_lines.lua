@@ -6,9 +6,10 @@
 -- ARGV  1 lines  2 tokens  3 half-life, in jobs
 -- Returns how many jobs were counted
 -- TTL   35 days
+local LEAST, MOST = 1, 1000 -- tokens for each line that can be meant; as in learned_lines.py
 local known = read(KEYS[1], 'lines', 'tokens', 'jobs')
 local lines, tokens, jobs = number(known[1], nil), number(known[2], nil), number(known[3], nil)
-if not (lines and tokens and jobs) or lines < 0 or tokens < 0 or jobs < 0 then
+if not (lines and tokens and jobs) or jobs < 0 or lines <= 0 or tokens < LEAST * lines or tokens > MOST * lines then
   lines, tokens, jobs = 0, 0, 0
 end
 local fading = 0.5 ^ (1 / tonumber(ARGV[3]))

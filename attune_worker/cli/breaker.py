@@ -152,7 +152,7 @@ def override(kind: str, provider: str, tier: str | None, seconds: float | None, 
 def reset(provider: str | None, tier: str | None, reason: str, as_json: bool) -> None:
     """Close circuits, forget their failures, and lift what was laid over them: one, all of a provider, or all.
 
-    New calls are made at once. A job that waits already goes on when it is due, which `jobs show` tells.
+    New calls are made at once, and jobs that wait look again at once.
 
     Example: attune-worker breaker reset anthropic --reason "they have mended it"
     """

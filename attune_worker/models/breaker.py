@@ -169,7 +169,7 @@ class CircuitBreaker:
         reason: str = "",
         by: str | None = None,
     ) -> None:
-        """Close circuits and lift their overrides: one, all of a provider, or all.
+        """Close circuits and lift their overrides: one, all of a provider, or all; jobs that wait look again at once.
 
         All are those that Redis lists, and every tier's and the provider's own of the configured providers.
         Raises ``ServiceUnavailableError``.
@@ -179,6 +179,7 @@ class CircuitBreaker:
         for name in self._all_of(provider) if provider is None or tier is None else [_name(provider, tier)]:
             self._shared.reset(name, by=by or self.owner, reason=reason)
             self._local.forget(name)
+        self._shared.hasten_waiting_jobs()
 
     def trip(
         self,
@@ -211,12 +212,15 @@ class CircuitBreaker:
         """Lay an override over a circuit, for ``seconds`` or until ``reset``; None lifts it.
 
         ``open`` refuses, ``disabled`` allows everything and records nothing, ``metrics_only`` allows
-        everything and counts, but never opens. Raises ``ServiceUnavailableError``.
+        everything and counts, but never opens. Where it does not refuse, jobs that wait look again at once. Raises
+        ``ServiceUnavailableError``.
         """
         if kind not in {None, "open", "disabled", "metrics_only"}:
             raise ValueError(f"kind: {kind!r} is not allowed; allowed: open, disabled, metrics_only, None")
         for_ms = 0 if seconds is None else round(_duration("seconds", seconds) * 1000)
         self._shared.override(_name(provider, tier), kind or "", for_ms, by=by or self.owner, reason=reason)
+        if kind != "open":
+            self._shared.hasten_waiting_jobs()
 
     def close(self) -> None:
         """Give the connections to Redis back, unless they are the caller's."""
@@ -262,7 +266,7 @@ class CircuitBreaker:
         for (provider, tier), event in zip(names, events, strict=False):
             if event:
                 level = logging.INFO if event == "closed" else logging.WARNING
-                logger.log(level, "the circuit of %s:%s %s", _label(provider), _label(tier), event)
+                logger.log(level, "circuit %s:%s: %s", _label(provider), _label(tier), event)
 
     def _try(self, ask: Callable[[], Answer]) -> Answer | None:
         """Return the fleet's answer, or None while Redis is away; it is said once when it goes, and when it is back."""

@@ -14,6 +14,7 @@ from typing import Any
 from attune_worker.sections import BreakerSettings
 from attune_worker.settings import Settings
 from attune_worker.store.connection import RedisClient, close_idle, connect, reaching
+from attune_worker.store.due import DueJobs
 from attune_worker.store.keys import FleetKeys
 from attune_worker.store.scripts import Script
 
@@ -69,6 +70,7 @@ class Circuits:
         self._rules = json.dumps(rules_in_ms(rules))
         self._redis = redis or connect(settings)
         self._owns_redis = redis is None
+        self._due = DueJobs(settings, self._redis)
 
     def ask(self, names: Sequence[Name], call_id: str, lease_ms: int) -> Grant:
         """Ask the circuits for a permit; a probe's lease, if it is one, is held by ``call_id``."""
@@ -121,6 +123,10 @@ class Circuits:
             for name, answer in zip(names, answers, strict=True)
             if answer
         }
+
+    def hasten_waiting_jobs(self) -> None:
+        """Have jobs that wait look again now: a circuit has just been let go, and many wait for one."""
+        self._due.hasten()
 
     def close(self) -> None:
         """Give the connections back, unless they are the caller's."""

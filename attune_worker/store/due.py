@@ -1,4 +1,4 @@
-"""Which waiting jobs are due, and which worker sends their wake-ups? LEAD, DUE and WAKE."""
+"""Which waiting jobs are due, and which worker sends their wake-ups? LEAD, DUE, WAKE and HASTEN."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from attune_worker.store.scripts import Argument, Script
 LEAD = Script("lead", "values")
 DUE = Script("due", "values")
 WAKE = Script("wake", "values", "places", "ending")
+HASTEN = Script("hasten", "values")
 
 BATCH = 100
 """Most jobs of each kind, waiting or past their deadline, that are taken from one shard at a time."""
+
+HASTEN_BATCH = 1000
+"""Most jobs of one shard that are made due by one command: Redis does nothing else meanwhile."""
 
 RESEND_SECONDS = 10.0
 """A job whose wake-up was sent is due again after this long, unless it was claimed."""
@@ -70,6 +74,18 @@ class DueJobs:
             commands.append((due, ("ZADD", due, "XX", 0, job_id)))
         with reaching(self._settings):
             together(self._redis, commands)
+
+    def hasten(self) -> int:
+        """Have all waiting jobs be due now, because what they wait for may be over; return how many those are.
+
+        Those that still cannot go on wait again, for as long as they are told to then.
+        """
+        moved = 0
+        with reaching(self._settings):
+            for shard in self._shards:
+                while found := HASTEN(self._redis, (shard.due,), (HASTEN_BATCH,)):
+                    moved += found
+        return moved
 
     def close(self) -> None:
         """Give the connections back."""

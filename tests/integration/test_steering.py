@@ -150,3 +150,15 @@ def test_status_and_trip_work_while_redis_is_under_load(fleet: Fleet, redis_serv
         done.set()
         for thread in threads:
             thread.join()
+
+
+def test_reset_lets_go_on_what_waits_for_the_circuit(fleet: Fleet, until: Until) -> None:
+    """A job that was told to come back in a quarter of an hour does not wait for that."""
+    fleet.type("breaker", "trip", "anthropic", "cheap", "--seconds", "900")
+    waiting = fleet.submit()
+    until(lambda: waiting.status() is JobStatus.WAITING)
+    [record] = fleet.client.records.read([waiting.id])
+    assert record.due_ms is not None
+    assert record.due_ms / 1000 > time.time() + 600
+    fleet.type("breaker", "reset", "anthropic", "cheap")
+    assert waiting.result(SOON).status is JobStatus.SUCCEEDED

@@ -142,7 +142,9 @@ class TestFleet:
         """Forty failures at once open the circuit once, and one worker says so."""
         workers = [make() for _ in range(40)]
         together(*(lambda worker=worker: worker.record_failure(*TIER) for worker in workers))
-        assert [record.getMessage() for record in caplog.records] == ["the circuit of anthropic:capable opened"]
+        assert [record.getMessage() for record in caplog.records] == [
+            "circuit anthropic:capable: opened: 3 failures in a row"
+        ]
 
     def test_one_probe_among_fifty_workers(self, make: Make, until: Until) -> None:
         """After the wait one of them may try; its success lets everybody in."""

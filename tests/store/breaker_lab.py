@@ -60,7 +60,9 @@ class Lab:
         return self.record({("p", None): result})[0]
 
     def record(self, results: Mapping[Name, Mapping[str, Any]]) -> list[str]:
-        return [self._run("settle", json.dumps(result)).decode() for result in results.values()]
+        """Return what has changed, without the reason."""
+        events = [self._run("settle", json.dumps(result)).decode() for result in results.values()]
+        return [event.partition(":")[0] for event in events]
 
     def fail(self, times: int = 1, **fields: Any) -> list[str]:
         """Fail in calls with permits, one after the other, and return the events there were."""

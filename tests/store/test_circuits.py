@@ -22,7 +22,7 @@ def fail(circuits: Circuits, call: str) -> list[str]:
 
 def test_open_circuit_refuses_and_is_seen(circuits: Circuits) -> None:
     """On one server and on a cluster: ask, record and read work on the same circuit."""
-    assert [fail(circuits, "1"), fail(circuits, "2")] == [[""], ["opened"]]
+    assert [fail(circuits, "1"), fail(circuits, "2")] == [[""], ["opened: 2 failures in a row"]]
     refusal = circuits.ask([TIER, PROVIDER], "3", 1000)
     assert (refusal.allowed, refusal.reason, refusal.permits) == (False, "open", ())
     assert 0 < refusal.wait_ms <= 60_000

@@ -7,7 +7,7 @@
 -- breaker_take(circuit, now, call, lease_ms, rules)  takes what was looked at: open becomes half-open, a probe gets its
 --                                               lease. Returns the permit's generation
 -- breaker_settle(key, now, result, rules)       counts {call, generation, outcome, latency_ms, worker, error,
---                                               retry_after_ms}. Returns 'opened', 'reopened', 'closed', or false
+--                                               retry_after_ms}. Returns 'opened: WHY', 'reopened: WHY', 'closed', or false
 -- breaker_list(index, name)                     adds a circuit's name to the index of those there are
 -- breaker_override(circuit, now, fields)        lays an override over a circuit, or lifts it
 -- breaker_become(circuit, now, state, changes)  changes the state; every result of before is void
@@ -170,7 +170,8 @@ local function breaker_open(circuit, now, result, rules, reopens, reason, failed
     error = type(result.error) == 'string' and string.sub(result.error, 1, 120) or false,
     last_failure_ms = result.outcome == 'failure' and integer(now) or nil,
   })
-  return reopens > 0 and 'reopened' or 'opened'
+  local error = type(result.error) == 'string' and ' (' .. string.sub(result.error, 1, 120) .. ')' or ''
+  return (reopens > 0 and 'reopened: ' or 'opened: ') .. reason .. error
 end
 
 -- The fields of a success: when, and whose; and the last one of another worker.

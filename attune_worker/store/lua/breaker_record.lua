@@ -3,7 +3,7 @@
 --
 -- KEYS  1 index of circuits  2 circuit  3 the provider's own circuit, where the call was its probe (optional)
 -- ARGV  1 the circuit's name as JSON  2 rules as JSON, in ms  3 result as JSON, see breaker_settle  4 the same for KEYS[3]
--- Returns for each circuit 'opened', 'reopened' or 'closed', or '' when its state stays
+-- Returns for each circuit 'opened: WHY', 'reopened: WHY' or 'closed', or '' when its state stays
 -- TTL   see breaker.lua
 local now, rules, events = now_in_ms(), cjson.decode(ARGV[2]), {}
 for i = 2, #KEYS do

@@ -139,6 +139,7 @@ _DELIVERY: dict[str, Any] = {
     "worker_send_task_events": False,
     "task_send_sent_event": False,
     "worker_hijack_root_logger": False,
+    "worker_log_format": "[%(asctime)s: %(levelname)s/%(processName)s] %(name)s: %(message)s",
     "worker_redirect_stdouts": False,
     "accept_content": ["json"],
     "task_serializer": "json",

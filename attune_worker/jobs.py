@@ -291,7 +291,7 @@ class Candidate(_Value):
     expected_success: float | None = None
     lower: float | None = None
     upper: float | None = None
-    expected_cost_usd: float | None = None
+    expected_cost_usd: Usd | None = None
     calls: int = 0
     verdict: str = ""
 

@@ -94,7 +94,7 @@ def parse_rule(text: str) -> Rule:
 
 def _cost(decision: Decision, place: int) -> float:
     usd = decision.candidates[place].expected_cost_usd
-    return float("inf") if usd is None else usd
+    return float("inf") if usd is None else float(usd)
 
 
 def records(results: Iterable[JobResult], scores: Mapping[str, float]) -> Iterator[Record]:

@@ -34,6 +34,8 @@ ASSUMED = "assumed"
 
 USAGE = 2
 
+NO_SUBSCRIPTION = "no provider has a subscription in these settings, so all jobs go by api"
+
 
 @click.group()
 def auth() -> None:
@@ -208,6 +210,8 @@ def _status(*, as_json: bool) -> int:
     else:
         on = console()
         print_status(on, strategy, known)
+        if not _subscribed():
+            click.echo(NO_SUBSCRIPTION)
         credentials.print_credentials(on, statuses, unknown)
     return 0 if unknown is None else ServiceUnavailableError.exit_code
 
@@ -223,7 +227,7 @@ def _recommend(file: Path | str | None, lines: int | None, model: str | None, *,
     else:
         print_recommended(console(), found, None if file is None else str(file))
         if found["recommendation"] is AuthMode.SUBSCRIPTION and not _subscribed():
-            click.echo("no provider has a subscription in these settings: jobs go by api (attune-worker auth status)")
+            click.echo(NO_SUBSCRIPTION)
     return 0
 
 

@@ -163,7 +163,7 @@ def _prompt(ctx: click.Context, prompt: str | None, file: Path | None) -> str:
 def _answer(result: JobResult, *, as_json: bool) -> None:
     """Print how a job has ended; exit code 1 where there is no answer."""
     if as_json:
-        click.echo(result.model_dump_json())
+        print_json(result.model_dump(mode="json"))
     elif result.succeeded:
         click.echo(printable(result.content or "", lines=True))
     else:

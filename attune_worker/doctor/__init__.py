@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 
 from attune_worker.doctor import circuits, credentials, installation, providers, state, transport
-from attune_worker.doctor.finding import Finding, Level
+from attune_worker.doctor.finding import Finding, Level, unreachable
 from attune_worker.doctor.installation import versions
 from attune_worker.errors import ServiceUnavailableError
 from attune_worker.jobs import JobStatus
@@ -41,7 +41,7 @@ def findings(
             yield from circuits.look(settings, redis)
             yield state.workers(settings, redis)
     except ServiceUnavailableError as error:
-        yield Finding("redis", Level.UNREACHABLE, error.message, "Start it, or correct redis_url.")
+        yield unreachable("redis", error, "redis_url")
         away = settings.redis_url.get_secret_value()
     if settings.broker != away:
         yield from transport.broker(settings, queued)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from attune_worker.errors import ServiceUnavailableError
+
 
 class Level(StrEnum):
     """What a finding means.
@@ -28,3 +30,9 @@ class Finding:
     level: Level
     text: str
     fix: str = ""
+
+
+def unreachable(check: str, error: ServiceUnavailableError, setting: str) -> Finding:
+    """Return the finding of a Redis that does not answer; ``setting`` is what says where it is."""
+    text = error.message.partition("; start it")[0]
+    return Finding(check, Level.UNREACHABLE, text, f"Start it, or correct {setting}.")

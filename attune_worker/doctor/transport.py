@@ -8,7 +8,7 @@ from contextlib import closing
 from celery import Celery
 
 from attune_worker.app import is_amqp, make_app
-from attune_worker.doctor.finding import Finding, Level
+from attune_worker.doctor.finding import Finding, Level, unreachable
 from attune_worker.doctor.state import eviction
 from attune_worker.errors import ServiceUnavailableError
 from attune_worker.settings import Settings, masked
@@ -79,6 +79,6 @@ def backend(settings: Settings) -> Iterator[Finding]:
         with closing(connect(elsewhere, max_connections=1)) as redis, reaching(elsewhere):
             redis.ping()
     except ServiceUnavailableError as error:
-        yield Finding("results", Level.UNREACHABLE, error.message, "Start it, or correct result_backend.")
+        yield unreachable("results", error, "result_backend")
     else:
         yield Finding("results", Level.OK, f"answers at {masked(settings.backend)}")

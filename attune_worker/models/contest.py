@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import lru_cache
 
 from attune_worker.jobs import Candidate, Decision, ModelTier
@@ -219,7 +220,7 @@ def _candidate(view: StageView, model: ModelInfo, scored: Scored) -> Candidate:
         expected_success=round(scored.mean, 4),
         lower=round(scored.lower, 4),
         upper=round(scored.upper, 4),
-        expected_cost_usd=float(f"{scored.arm.cost:.4g}"),
+        expected_cost_usd=Decimal(f"{scored.arm.cost:.9f}"),
         calls=view.stage.of(model.ref).calls,
         verdict=scored.verdict,
     )

@@ -13,6 +13,7 @@ from typing import Any
 from celery import current_app
 from celery.apps.worker import install_worker_term_handler
 from celery.signals import (
+    celeryd_after_setup,
     worker_init,
     worker_process_init,
     worker_process_shutdown,
@@ -24,6 +25,7 @@ from celery.signals import (
 from attune_worker.store.server import eviction_warning
 from attune_worker.worker.memory import keep_buffers_apart
 from attune_worker.worker.pool import pool_stopping, wake_loop
+from attune_worker.worker.readiness import complaints
 from attune_worker.worker.runner import Runner
 from attune_worker.worker.shutdown import Shutdown
 from attune_worker.worker.sweeper import Sweeper
@@ -35,6 +37,9 @@ CHILD_SIGNAL = signal.SIGUSR2
 
 REPEAT_SECONDS = 1.0
 """How often a process of a pool is told to hand back its job: of two signals at a time it would notice one."""
+
+CHATTY = ("httpcore", "kombu", "redis")
+"""They write several lines for each message and call at level DEBUG; the decisions there would be lost among them."""
 
 _runners: dict[int, Runner] = {}
 _shutdowns: dict[int, Shutdown] = {}
@@ -59,6 +64,16 @@ def runner_of(app: Any) -> Runner:
 def prepare(**_: Any) -> None:
     """Set the process up before it has threads, and before a pool of processes inherits from it."""
     keep_buffers_apart()
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+@celeryd_after_setup.connect  # type: ignore[untyped-decorator]
+def complain(instance: Any, **_: Any) -> None:
+    """Say what is missing, as soon as there is a log to say it in."""
+    if settings := getattr(instance.app, "attune_settings", None):
+        for complaint in complaints(settings):
+            logger.warning("%s", complaint)
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]

@@ -150,7 +150,7 @@ def test_the_cheaper_model_wins_when_both_are_good_enough(world):
     chosen = decision.candidates[decision.chosen]
     assert chosen.calls == 510
     assert chosen.lower < chosen.expected_success < chosen.upper
-    assert chosen.expected_cost_usd == pytest.approx((96 + 500) * 5e-6)
+    assert float(chosen.expected_cost_usd) == pytest.approx((96 + 500) * 5e-6)
 
 
 def test_a_model_that_fails_too_often_loses_its_place(world):
@@ -294,8 +294,8 @@ def test_the_usual_length_of_answers_makes_the_cost(world):
     world.history(MIDDLE, 500, 10)
     world.took(MIDDLE, 100, 20, output=20 * 40)
     found = {one.model_id: one for one in world.rank().decision.candidates}
-    assert found["middle"].expected_cost_usd == pytest.approx((96 + 40) * 10e-6)
-    assert found["large"].expected_cost_usd == pytest.approx((96 + 40) * 50e-6)
+    assert float(found["middle"].expected_cost_usd) == pytest.approx((96 + 40) * 10e-6)
+    assert float(found["large"].expected_cost_usd) == pytest.approx((96 + 40) * 50e-6)
 
 
 def test_a_stage_is_named_by_the_job_or_its_task_type():

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from attune_worker.cli.bulk import job_of, read_lines
 from attune_worker.cli.printable import printable
-from attune_worker.errors import InvalidJobError, MalformedAnswerError, ProviderError
+from attune_worker.errors import ConfigurationError, InvalidJobError, MalformedAnswerError, ProviderError
 from attune_worker.invoices import InvoiceError, read_invoice
-from attune_worker.jobs import Job
+from attune_worker.jobs import AuthMode, Job
 from attune_worker.ledger import LedgerRecord
+from attune_worker.models.auth import AuthStrategy
 from attune_worker.providers.anthropic import Anthropic
 from attune_worker.providers.base import Answer, HttpRequest, HttpResponse
 from attune_worker.providers.failures import MAX_WAIT_SECONDS, failure
@@ -110,6 +111,21 @@ def _rate_headers(data: bytes) -> None:
             _require((allowance.reset_ms or 0) >= 0, "a reset is not in the past")
 
 
+def _quota_headers(data: bytes) -> None:
+    seen = observed(_headers(data)[1], NOW)
+    for window in seen.windows if seen else ():
+        _require(0 <= window.utilization <= 1, "a share is one of a whole")
+        _require(0 <= window.reset_ms < 10**14, "a reset is a time")
+        _require(window.status is None or window.status.isprintable(), "a status is a word")
+
+
+def _strategy(data: bytes) -> None:
+    with suppress(ConfigurationError):
+        strategy = AuthStrategy.from_json(data, "a file")
+        for lines in (0, strategy.small_module_threshold, strategy.medium_module_threshold):
+            _require(strategy.get_recommended_mode(lines) is not AuthMode.AUTO, "a recommendation is a mode")
+
+
 def _unpacking(data: bytes) -> None:
     with suppress(ProviderError):
         body = Body("gzip", MAX_BYTES)
@@ -185,6 +201,15 @@ LIMITS = (
     b"remaining: 49\nanthropic-ratelimit-requests-reset: 2026-11-23T12:01:00Z\nx-ratelimit-limit-tokens: 150000\n"
     b"x-ratelimit-remaining-tokens: 149984\nx-ratelimit-reset-tokens: 6m0s"
 )
+QUOTA = (
+    b"anthropic-ratelimit-unified-5h-utilization: 0.42\nanthropic-ratelimit-unified-5h-reset: 1795435200\n"
+    b"anthropic-ratelimit-unified-5h-status: allowed_warning\nanthropic-ratelimit-unified-7d-utilization: 1.01\n"
+    b"anthropic-ratelimit-unified-7d-reset: 1795953600\nanthropic-ratelimit-unified-7d-status: rejected"
+)
+STRATEGY = (
+    b'{"subscription_tier":"max","default_mode":"auto","small_module_threshold":500,"medium_module_threshold":2000,'
+    b'"prefer_subscription":true,"tokens_per_line":12.5,"window_tokens":88000}'
+)
 CALL = (
     b'{"client_request_id":"c","request_id":"r","day":"2026-11-23T10:00:00+01:00","model":"m","cost_usd":"0.0125",'
     b'"input_tokens":1,"output_tokens":2,"calls":1,"time":1763899200.5,"usage":{"input_tokens":1}}'
@@ -214,6 +239,8 @@ TARGETS = (
     Target("OpenAI answer", lambda data: _answer(OpenAI().parse, data), (COMPLETION, PARTS), JSON),
     Target("refusal", _failure, (REFUSAL, GOOGLE), JSON + TIMES),
     Target("rate limit headers", _rate_headers, (LIMITS,), NUMBERS + TIMES),
+    Target("quota headers", _quota_headers, (QUOTA,), NUMBERS + TIMES),
+    Target("auth strategy", _strategy, (STRATEGY,), JSON),
     Target("packed answer", _unpacking, (_gzipped(b"hello" * 50), _gzipped(bytes(10**6)))),
     Target("ledger record", _ledger, (RECORD,), JSON),
     Target("invoice, CSV", lambda data: _invoice(".csv", data), (TABLE,), NUMBERS + TIMES + (b'"', b",", b"\x00")),

@@ -15,7 +15,7 @@ demo: .venv/demo.stamp  ## run the whole thing once: Redis, worker, jobs, costs
 	@$(BIN)/attune-worker demo
 
 test: .venv/dev.stamp  ## run the tests, against real Redis and real workers
-	$(BIN)/pytest -n 4 --dist loadfile
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-rabbitmq: .venv/dev.stamp  ## run the tests with RabbitMQ as the broker; it has to be installed (rabbitmq-server)
 	$(BIN)/pytest -m rabbitmq

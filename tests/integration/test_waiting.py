@@ -158,7 +158,7 @@ def test_job_of_a_canvas_that_is_cancelled_while_it_waits_ends_at_once(
 def test_wake_up_is_the_one_that_submission_sends(client: Client, app: Celery, until: Any) -> None:
     """With the job's id as task id, and its priority; one that is lost is sent again, until the job is claimed."""
     job_id = put_back(client.records, 0.001, priority=3)
-    sweeper = Sweeper(app, resend_seconds=0.05)
+    sweeper = Sweeper(app, resend_seconds=0.5)
     for _ in range(2):
         sent: list[tuple[str, int]] = until(lambda: sweeper.sweep() and messages(app))
         assert sent == [(job_id, 3)]

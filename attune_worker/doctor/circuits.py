@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from datetime import datetime
 from typing import Any
 
 from attune_worker.doctor.finding import Finding, Level
@@ -31,14 +32,17 @@ def judged(found: Mapping[Name, Mapping[str, Any]]) -> Iterator[Finding]:
 def _finding(name: Name, fields: Mapping[str, Any]) -> Finding | None:
     provider, tier = name
     if fields["forced"]:
-        state, until = FORCED[fields["forced"]], fields["forced_until"] or "it is reset"
+        state, until = FORCED[fields["forced"]], _moment(fields["forced_until"]) or "it is reset"
     elif fields["state"] == "closed":
         return None
     else:
-        state, until = "is half-open" if fields["state"] == "half_open" else "is open", fields["next_probe"]
-    text = f"{provider}:{tier or '*'} {state}"
-    text += f" until {until}" if until else ""
-    why = [fields["error"], fields["reason"], fields["by"] and f"by {fields['by']}"]
-    text += "".join(f"; {one}" for one in why if one)
-    fix = f"attune-worker breaker status {provider}; once it is well: attune-worker breaker reset {provider}"
-    return Finding("circuits", Level.WARNING, text, f"{fix} {tier}" if tier else fix)
+        state, until = "is half-open" if fields["state"] == "half_open" else "is open", _moment(fields["next_probe"])
+    error = f" ({fields['error']})" if fields["error"] else ""
+    by = f"by {fields['by']}" if fields["by"] else ""
+    parts = [f"{provider}:{tier or '*'} {state}{f' until {until}' if until else ''}", f"{fields['reason']}{error}", by]
+    reset = " ".join(["attune-worker breaker reset", provider, *([tier] if tier else [])])
+    return Finding("circuits", Level.WARNING, "; ".join(filter(None, parts)), f"Once it is well: {reset}")
+
+
+def _moment(text: str | None) -> str:
+    return "" if text is None else f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M:%S} UTC"

@@ -43,7 +43,7 @@ STOPS_SECONDS = 6.0
 """When a command that does not end by itself gets Ctrl-C."""
 
 LONGEST_SECONDS = 120.0
-LONGEST_LINES = 55
+LONGEST_LINES = 75
 """Of a longer output the page shows the beginning."""
 
 CONFIG = """

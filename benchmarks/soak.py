@@ -5,7 +5,8 @@
 
 Jobs come at random times (a Poisson process), their records are kept for ``--retention`` seconds, and the provider
 fails now and then. Growth counts from ``--settle`` seconds on; a burst of jobs has every thread and its connections
-made before.
+made before. Redis is the ``redis-server`` on the PATH, else the bundled one, whose resident size creeps: it uses libc's
+allocator, not jemalloc.
 """
 
 from __future__ import annotations

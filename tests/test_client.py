@@ -251,13 +251,15 @@ def scripts_run(redis: Redis) -> int:
 def test_waiting_asks_redis_the_same_few_times_however_long_it_takes(client: Client, redis: Redis) -> None:
     """Waiting is being told, not polling: the cost of a waiting caller does not grow with its patience."""
     handle = client.submit("summarize", "?")
-    asked = []
-    for timeout in (0.5, 1.5):
+
+    def asked(timeout: float) -> int:
         before = scripts_run(redis)
         with pytest.raises(ResultTimeoutError):
             handle.result(timeout)
-        asked.append(scripts_run(redis) - before)
-    assert asked == [2, 2]
+        return scripts_run(redis) - before
+
+    # Redis counts for everybody, and what another test has left to be written may come in between.
+    assert [min(asked(timeout) for _ in range(3)) for timeout in (0.5, 1.5)] == [2, 2]
 
 
 def test_many_waiting_threads_share_one_subscription(

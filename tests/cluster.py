@@ -14,9 +14,10 @@ from typing import Any
 from uuid import uuid4
 
 from redis import Redis
-from redis.cluster import ClusterNode, RedisCluster
+from redis.cluster import ClusterNode
 from redis.crc import key_slot
 
+from attune_worker.store.connection import Cluster
 from attune_worker.store.embedded import EmbeddedRedis
 
 SLOTS = 16384
@@ -72,7 +73,7 @@ class LocalCluster:
             client.close()
 
 
-class ClusterClient(RedisCluster):
+class ClusterClient(Cluster):
     """A client whose commands about servers are meant for all of them, as tests written for one server expect."""
 
     def config_set(self, name: str, value: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from queue import Empty
+from socket import socket
 from typing import Any
 
 from redis import BlockingConnectionPool, Redis, exceptions
@@ -45,6 +46,12 @@ class Cluster(RedisCluster):
         exceptions.SlotNotCoveredError,
     )
 
+    def close(self) -> None:
+        """Close its connections, which redis-py's own leaves open when the client was made from a URL."""
+        disconnect: Callable[[], None] = self.disconnect_connection_pools
+        disconnect()
+        super().close()
+
 
 def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> RedisClient:
     """Return a client for the shared state; nothing is sent until it is used, except to a cluster.
@@ -80,14 +87,27 @@ def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Re
             "redis_url: it should be like redis://:password@host:6379/0, rediss://…, or, for a cluster, "
             "redis+cluster://:password@host:6379,host:6379, with special characters in the password percent-encoded"
         ) from None
+    sockets: dict[int, socket] = {}  # by connection; those of a cluster's nodes refer to its client, a cycle
+
+    def connected(connection: Any) -> None:
+        sockets[id(connection)] = connection._sock  # noqa: SLF001 - no public name
+
     with reaching(settings):
-        return Cluster(
+        cluster = Cluster(
             url=node_urls(url)[0],
             startup_nodes=nodes[1:],
             connection_pool_class=BlockingConnectionPool,
             maint_notifications_config=MaintNotificationsConfig(enabled=False),  # pools would trust idle connections
+            redis_connect_func=connected,
             **options,
         )
+    weakref.finalize(cluster, _close_all, sockets).atexit = False
+    return cluster
+
+
+def _close_all(sockets: dict[int, socket]) -> None:
+    for each in sockets.values():
+        each.close()
 
 
 def _nodes(url: str) -> list[ClusterNode]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,17 @@ def test_a_call_names_its_model_and_what_was_passed_over(run: Run, lines: Lines,
     assert re.search(rf"leave for {LUNA}; passed over: {HAIKU}: circuit anthropic:\*{until}", provider)
 
 
+def open_and_over(breaker: CircuitBreaker, provider: str, tier: str | None) -> None:
+    """Open a circuit for a time that has passed."""
+    breaker.trip(provider, tier, 0.001)
+    time.sleep(0.05)
+
+
 def test_a_probe_is_told(run: Run, lines: Lines, breaker: CircuitBreaker) -> None:
     """The call that finds out whether a circuit may close again."""
-    breaker.trip("anthropic", "cheap", 0.001)
+    open_and_over(breaker, "anthropic", "cheap")
     run()
-    breaker.trip("anthropic", None, 0.001)
+    open_and_over(breaker, "anthropic", None)
     run()
     of_tier, of_provider = lines("call")
     assert of_tier.endswith(f"leave for {HAIKU}, as a probe of circuit anthropic:cheap")
@@ -164,7 +171,7 @@ def test_a_breaker_that_is_asked_directly_tells_refusals_and_probes(lines: Lines
     breaker.trip("anthropic", None, 60)
     assert not breaker.is_available("anthropic", "cheap")
     assert re.fullmatch(r"circuit anthropic:\* is open for (60.0|59.\d) s more", lines()[-1])
-    breaker.trip("openai", "cheap", 0.001)
+    open_and_over(breaker, "openai", "cheap")
     assert breaker.is_available("openai", "cheap")
     assert lines()[-1] == "circuit openai:cheap lets a probe through"
     assert not breaker.is_available("openai", "cheap")

@@ -2,6 +2,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from socket import socket
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from attune_worker.errors import ConfigurationError, ServiceUnavailableError
 from attune_worker.inbox import Inbox
 from attune_worker.jobs import Job, JobResult, JobStatus
 from attune_worker.settings import Settings
-from attune_worker.store.connection import connect, node_urls, reaching
+from attune_worker.store.connection import RedisClient, connect, node_urls, reaching
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.store.keys import SHARDS, new_job_id, shard_of
 from attune_worker.store.records import Claim, Records
@@ -54,16 +55,31 @@ def finish(records: Records, job_id: str) -> None:
     records.finish(claim.fence, JobResult(job_id=job_id, status=JobStatus.SUCCEEDED))
 
 
-def test_client_that_is_dropped_leaves_no_connection_open(redis_server: EmbeddedRedis) -> None:
+def sockets_of(client: RedisClient) -> list[socket]:
+    """Let a client connect, to each node of a cluster, and return its sockets."""
+    nodes: Any = [client] if isinstance(client, Redis) else [node.redis_connection for node in client.get_nodes()]
+    for node in nodes:
+        node.ping()
+    found = [connection._sock for node in nodes for connection in node.connection_pool._connections]
+    assert len(found) >= len(nodes)
+    return found
+
+
+def test_client_that_is_dropped_leaves_no_connection_open(settings: Settings) -> None:
     """Also one in a cycle, where finalizers come in any order."""
-    client: Any = connect(settings_for(redis_server.url))
-    client.ping()
-    pool = client.connection_pool
-    assert any(one._sock for one in pool._connections)
+    client: Any = connect(settings)
+    sockets = sockets_of(client)
     client.itself = client
     del client
     gc.collect()
-    assert not any(one._sock for one in pool._connections)
+    assert [one.fileno() for one in sockets] == [-1] * len(sockets)
+
+
+def test_client_that_is_closed_leaves_no_connection_open(settings: Settings) -> None:
+    """redis-py's own client of a cluster does, when it was made from a URL."""
+    with connect(settings) as client:
+        sockets = sockets_of(client)
+    assert [one.fileno() for one in sockets] == [-1] * len(sockets)
 
 
 def test_closing_cuts_nobody_off(records: Records) -> None:

@@ -37,20 +37,27 @@ def healthy(file: Path, within: float) -> None:
 
     Example: attune-worker healthy --file /tmp/attune-worker.alive
     """
-    try:
-        age_seconds = time.time() - file.stat().st_mtime
-    except FileNotFoundError:
-        raise click.ClickException(f"{file}: no worker has taken messages with this --liveness-file yet") from None
-    if age_seconds <= within:
-        click.echo(f"healthy: the worker took messages {max(age_seconds, 0):.0f} s ago")
+    complaint = _complaint(file, within)
+    if complaint is None:
         return
     settings = get_settings()
-    complaint = f"the worker has not taken messages for {age_seconds:.0f} s"
     if not broker_answers(settings):
         url = masked(settings.broker)
         away = f"the broker at {url} cannot be reached within {BROKER_SECONDS:g} s; start it, or set ATTUNE_BROKER_URL"
         raise ServiceUnavailableError(f"{complaint}: {away}", url=url)
     raise click.ClickException(f"{complaint}, though the broker answers")
+
+
+def _complaint(file: Path, within: float) -> str | None:
+    """Say what is wrong with a worker; of one that takes messages, say so, and return None."""
+    try:
+        age_seconds = time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return f"{file}: no worker has taken messages with this --liveness-file yet"
+    if age_seconds > within:
+        return f"the worker has not taken messages for {age_seconds:.0f} s"
+    click.echo(f"healthy: the worker took messages {max(age_seconds, 0):.0f} s ago")
+    return None
 
 
 def broker_answers(settings: Settings, timeout_seconds: float = BROKER_SECONDS) -> bool:

@@ -1,4 +1,4 @@
-"""What does an operator see of a job? Its course and its cost; prompt, answer and whose it is only when asked for."""
+"""What does an operator see of a job? Its course and its cost; what it says, and its user, only when asked for."""
 
 from __future__ import annotations
 

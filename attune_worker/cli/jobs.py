@@ -56,7 +56,7 @@ def list_jobs(status: str | None, limit: int, as_json: bool) -> None:
 
 @jobs.command()
 @click.argument("job_id", metavar="ID")
-@click.option("--content", is_flag=True, help="Show prompt, answer, metadata and whose job it is, too.")
+@click.option("--content", is_flag=True, help="Show prompt, answer, metadata, user and session, too.")
 @json_option
 def show(job_id: str, content: bool, as_json: bool) -> None:
     """Show one job: where it is, its times, every call with its cost, lost workers, and its error.

@@ -18,7 +18,7 @@ from attune_worker.models.registry import Registry
 from tests.examples.stack import EXAMPLES, PATIENCE_SECONDS, ROOT, Stack, running_stack
 
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -156,7 +156,7 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_in_the_index():
     """No page is left for its reader to stumble upon."""
     index = (DOCS / "index.md").read_text()
-    assert all(str(page.relative_to(DOCS)) in index for page in PAGES if page.name != "index.md")
+    assert all(str(page.relative_to(DOCS)) in index for page in DOCS.rglob("*.md") if page.name != "index.md")
 
 
 def test_environment_variables_in_the_pages_are_settings():
@@ -164,6 +164,20 @@ def test_environment_variables_in_the_pages_are_settings():
     named = {name for page in PAGES for name in re.findall(r"\bATTUNE_[A-Z_]*[A-Z]\b", page.read_text())}
     known = {f"ATTUNE_{field.upper()}" for field in Settings.model_fields} | {"ATTUNE_CONFIG"}
     assert {name.partition("__")[0] for name in named} <= known
+
+
+def log_texts() -> list[str]:
+    """Return what the page about monitoring has operators look for in the log."""
+    table = (DOCS / "howto/monitor.md").read_text().partition("| text | meaning |\n")[2]
+    return [text for line in table.splitlines() for text in re.findall(r"`([^`]+)`", line.split("|")[1:2][0])]
+
+
+@pytest.mark.parametrize("text", log_texts())
+def test_what_is_to_be_looked_for_in_the_log_is_written_there(text):
+    """Each stretch of it, between what stands for names and numbers, is in the code."""
+    code = "\n".join(file.read_text() for end in ("py", "lua") for file in (ROOT / "attune_worker").rglob(f"*.{end}"))
+    stretches = [stretch.strip(" :,;") for stretch in re.split(r"…|\bN\b", text)]
+    assert [stretch for stretch in stretches if stretch not in code] == []
 
 
 def section(title: str) -> str:

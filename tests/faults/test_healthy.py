@@ -129,6 +129,15 @@ def test_file_that_no_worker_has_touched_is_unhealthy(file: Path, environ: dict[
     assert "no worker has taken messages" in said.stderr
 
 
+def test_worker_that_waits_for_its_broker_from_the_start_is_not_to_blame(file: Path, environ: dict[str, str]) -> None:
+    """It has taken no message yet, and no restart would change that."""
+    said = healthy(file, environ | {"ATTUNE_BROKER_URL": "redis://:a-password@127.0.0.1:1/0"})
+    assert said.returncode == 3
+    assert "no worker has taken messages" in said.stderr
+    assert "cannot be reached" in said.stderr
+    assert "a-password" not in said.stderr
+
+
 def healthy(file: Path, environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Ask as a supervisor does, in a process of its own."""
     command = [sys.executable, "-m", "attune_worker", "healthy", "--file", str(file), "--within", "3"]

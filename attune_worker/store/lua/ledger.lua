@@ -15,7 +15,7 @@
 --                'orphaned_nano' (the same of calls whose worker died), 'unpriced' (of both, those without an
 --                estimate), 'input', 'output'; of the calls that succeeded and of which both what they should have
 --                cost and what they did is known 'compared' (how many), 'expected_nano', 'compared_nano' and 'off_nano'
---                (the sum of the differences, each without its sign). From the 20,000th group on, all others are '~other'
+--                (the sum of the differences, each without its sign). Beyond the 20,000th group all others are '~other'
 -- TTL   ledger: keep.ledger_ms after the last call, its entries about as long; costs: keep.sums_s after the last write
 local LEDGER = { most_groups = 20000, other = '~other' }
 

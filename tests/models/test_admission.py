@@ -124,9 +124,9 @@ def test_budget_without_room_for_the_first_model_goes_to_one_that_fits(
 ) -> None:
     """The cheaper one answers, and is what was charged."""
     fields = {"task_type": "summarize", "prompt": "?", "tier_hint": "capable", "max_tokens": 60}
-    caller = make_executor()._caller
-    models = caller.candidates(Job.parse(fields)).models
-    worst = [caller._most_usd(Job.parse(fields), model) for model in models[:2]]
+    offers = make_executor()._caller.offers
+    models = offers.candidates(Job.parse(fields)).models
+    worst = [offers.most_usd(Job.parse(fields), model) for model in models[:2]]
     assert worst[0] is not None
     assert worst[1] is not None
     executor = make_executor(budgets=[{"per": "day", "limit_usd": (worst[0] + worst[1]) / 2}])
@@ -140,7 +140,7 @@ def test_retry_needs_room_of_its_own(make_executor: Callable[..., EmpathyLLMExec
     behave(simulator, errors={"truncated": 1})
     unlimited = make_executor()
     quote = next(iter(unlimited.registry.find("openai/gpt-6-luna")))
-    worst = unlimited._caller._most_usd(LUNA, quote)
+    worst = unlimited._caller.offers.most_usd(LUNA, quote)
     assert worst is not None
     executor = make_executor(budgets=[{"per": "day", "limit_usd": worst * Decimal("1.5")}])
     with pytest.raises(BudgetExceededError) as caught:

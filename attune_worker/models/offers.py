@@ -51,6 +51,7 @@ class Offers:
     ) -> None:
         """``strategy`` returns the one that says which jobs should go by a subscription; without it none should."""
         self._settings = settings
+        self._default_max_tokens = settings.default_max_tokens
         self._registry = registry
         self.credentials = {name: credentials_of(provider) for name, provider in settings.providers.items()}
         subscribed = any(one.subscription for found in self.credentials.values() for one in found)
@@ -99,16 +100,7 @@ class Offers:
 
     def quotes(self, job: Job, wanted: Sequence[tuple[ModelInfo, Credential]], view: StageView) -> tuple[Quote, ...]:
         """Return what a call by each of ``wanted`` takes at most, and should cost, going by those in its stage."""
-        return tuple(
-            Quote(
-                model,
-                _reserved(job, credential) + self._output_limit(job, model),
-                Decimal(0) if credential.subscription else self.most_usd(job, model),
-                credential,
-                self._expected_usd(job, model, credential, view),
-            )
-            for model, credential in wanted
-        )
+        return tuple(self._quote(job, model, credential, view) for model, credential in wanted)
 
     def spent_usd(self, job: Job, attempt: Attempt) -> Decimal:
         """Return what an attempt cost, at worst where that is not known."""
@@ -117,14 +109,10 @@ class Offers:
         found = self._registry.find(f"{attempt.provider}/{attempt.model_id}")
         return (self._worst_case_usd(job, found[0]) if found else None) or Decimal(0)
 
-    def most_usd(self, job: Job, model: ModelInfo) -> Decimal | None:
-        """Return what a call cannot go beyond, however the prompt is cut into tokens: what budgets reserve."""
-        return worst_case_cost(model, most_tokens(job), self._output_limit(job, model))
-
     def _kind(self, job: Job, wish: Wish) -> tuple[object, ...]:
         """Return what the candidates of a job without ``max_cost`` depend on."""
         tokens = estimate_tokens(job.text_bytes)
-        fits_everywhere = tokens + (job.max_tokens or self._settings.default_max_tokens) <= self._smallest_window
+        fits_everywhere = tokens + (job.max_tokens or self._default_max_tokens) <= self._smallest_window
         return (
             job.task_type,
             job.tier_hint,
@@ -139,7 +127,7 @@ class Offers:
 
     def _candidates(self, job: Job, wish: Wish) -> Candidates:
         found = candidates(
-            job, self._registry, self._settings.default_max_tokens, lambda model: self._obstacle(job, model, wish)
+            job, self._registry, self._default_max_tokens, lambda model: self._obstacle(job, model, wish)
         )
         return self.as_wished(found, wish)
 
@@ -168,17 +156,18 @@ class Offers:
         return f"may cost ${worst_usd:f}, over max_cost" if spent_usd + worst_usd > job.max_cost else None
 
     def _worst_case_usd(self, job: Job, model: ModelInfo) -> Decimal | None:
-        return worst_case_cost(model, estimate_tokens(job.text_bytes), self._output_limit(job, model))
+        return worst_case_cost(
+            model, estimate_tokens(job.text_bytes), output_limit(job, model, self._default_max_tokens)
+        )
 
-    def _expected_usd(self, job: Job, model: ModelInfo, credential: Credential, view: StageView) -> Decimal | None:
+    def _quote(self, job: Job, model: ModelInfo, credential: Credential, view: StageView) -> Quote:
+        """Return what a call takes: by subscription the most it can, as nothing may go over a quota, and no money.
+
+        By the token ``worst_usd`` is what it cannot go beyond, however the prompt is cut: what budgets reserve.
+        """
+        most, limit = most_tokens(job), output_limit(job, model, self._default_max_tokens)
         if credential.subscription:
-            return Decimal(0)
-        return plain_cost(model, *basis(view, model.ref).tokens(job, self._output_limit(job, model)))
-
-    def _output_limit(self, job: Job, model: ModelInfo) -> int:
-        return output_limit(job, model, self._settings.default_max_tokens)
-
-
-def _reserved(job: Job, credential: Credential) -> int:
-    """Return the prompt's tokens: at most by subscription, as nothing may go over a quota, else about how many."""
-    return most_tokens(job) if credential.subscription else estimate_tokens(job.text_bytes)
+            return Quote(model, most + limit, Decimal(0), credential, Decimal(0))
+        tokens = estimate_tokens(job.text_bytes) + limit
+        expected_usd = plain_cost(model, *basis(view, model.ref).tokens(job, limit))
+        return Quote(model, tokens, worst_case_cost(model, most, limit), credential, expected_usd)

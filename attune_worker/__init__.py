@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attune_worker.async_client import AsyncClient as AsyncClient
+    from attune_worker.async_client import AsyncJobHandle as AsyncJobHandle
     from attune_worker.cli.auth import cmd_auth_recommend as cmd_auth_recommend
     from attune_worker.cli.auth import cmd_auth_reset as cmd_auth_reset
     from attune_worker.cli.auth import cmd_auth_setup as cmd_auth_setup
     from attune_worker.cli.auth import cmd_auth_status as cmd_auth_status
-    from attune_worker.client import AsyncClient as AsyncClient
-    from attune_worker.client import AsyncJobHandle as AsyncJobHandle
     from attune_worker.client import Client as Client
     from attune_worker.client import JobHandle as JobHandle
     from attune_worker.client import result as result
@@ -55,8 +55,9 @@ if TYPE_CHECKING:
     from attune_worker.settings import get_settings as get_settings
 
 _HOME = {
+    "async_client": ("AsyncClient", "AsyncJobHandle"),
     "cli.auth": ("cmd_auth_recommend", "cmd_auth_reset", "cmd_auth_setup", "cmd_auth_status"),
-    "client": ("AsyncClient", "AsyncJobHandle", "Client", "JobHandle", "result"),
+    "client": ("Client", "JobHandle", "result"),
     "errors": (
         "AttuneError",
         "ConfigurationError",

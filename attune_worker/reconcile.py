@@ -13,7 +13,8 @@ from typing import Literal
 
 from attune_worker.invoices import InvoiceLine
 from attune_worker.jobs import ModelTier
-from attune_worker.ledger import LedgerRecord, latest
+from attune_worker.ledger import latest
+from attune_worker.ledger_record import LedgerRecord
 from attune_worker.models.price_list import get_pricing
 from attune_worker.models.registry import ModelInfo
 

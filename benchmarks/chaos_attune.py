@@ -34,7 +34,8 @@ from attune_worker.budget import usd_of
 from attune_worker.client import Client
 from attune_worker.errors import ServiceUnavailableError
 from attune_worker.jobs import JobResult, JobStatus
-from attune_worker.ledger import Ledger, LedgerRecord
+from attune_worker.ledger import Ledger
+from attune_worker.ledger_record import LedgerRecord
 from attune_worker.local import LocalWorker, simulated_providers
 from attune_worker.settings import Settings
 from attune_worker.simulator import answer

@@ -10,7 +10,8 @@ from typing import Any
 from chaos_checks import Check
 
 from attune_worker.invoices import lines_of
-from attune_worker.ledger import LedgerRecord, latest
+from attune_worker.ledger import latest
+from attune_worker.ledger_record import LedgerRecord
 from attune_worker.reconcile import Reconciliation, reconcile
 
 PROMISE = "the ledger is the provider's bill"

@@ -12,7 +12,7 @@ from chaos_contenders import Seen
 from chaos_fleet import Life
 
 from attune_worker.jobs import JobStatus
-from attune_worker.ledger import LedgerRecord
+from attune_worker.ledger_record import LedgerRecord
 from attune_worker.models.admission import LONGEST_OUTAGE_WAIT_SECONDS
 from attune_worker.store.record import Record
 from attune_worker.worker.runner import CLOSE_SECONDS

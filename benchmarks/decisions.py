@@ -18,10 +18,10 @@ from typing import Any
 from attune_worker.jobs import Job
 from attune_worker.models.adaptive import AdaptiveModelRouter
 from attune_worker.models.admission import SETTLE, Admission
-from attune_worker.models.admission_wire import Settlement
 from attune_worker.models.calls import Outcome, Permit, Quote
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.models.routing import candidates
+from attune_worker.models.settle_wire import Settlement
 from attune_worker.settings import Settings
 from attune_worker.store.connection import connect
 from attune_worker.telemetry.snapshot import Snapshot
@@ -126,7 +126,7 @@ def _settlement(admission: Admission, model: ModelInfo, number: int) -> Settleme
     else:
         outcome = Outcome("succeeded", "success", latency_ms, cost_usd, 200, draw.randrange(50, 800))
     permit = Permit("CALL-ID", job, Quote(model, 1000, cost_usd), (), round(time.time() * 1000))
-    return admission._wire.settle(permit, outcome, admission._now_ms())  # noqa: SLF001  # one round trip each: an hour
+    return admission._settle_wire.settle(permit, outcome, admission._now_ms())  # noqa: SLF001  # one round trip each: an hour
 
 
 def _renamed(keys: list[str], texts: Sequence[str], call_id: str) -> tuple[list[str], list[str]]:

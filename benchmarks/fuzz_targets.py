@@ -22,7 +22,7 @@ from attune_worker.cli.printable import printable
 from attune_worker.errors import ConfigurationError, InvalidJobError, MalformedAnswerError, ProviderError
 from attune_worker.invoices import InvoiceError, read_invoice
 from attune_worker.jobs import AuthMode, Job
-from attune_worker.ledger import LedgerRecord
+from attune_worker.ledger_record import LedgerRecord
 from attune_worker.models.auth import AuthStrategy
 from attune_worker.providers.anthropic import Anthropic
 from attune_worker.providers.base import Answer, HttpRequest, HttpResponse

@@ -12,7 +12,8 @@ import pytest
 from redis import Redis
 
 import attune_worker
-from attune_worker.client import AsyncClient, Client
+from attune_worker.async_client import AsyncClient
+from attune_worker.client import Client
 from attune_worker.errors import (
     AttuneError,
     IdempotencyConflictError,

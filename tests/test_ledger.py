@@ -13,7 +13,8 @@ import pytest
 from redis import Redis
 
 from attune_worker.errors import OverloadedError, ServiceUnavailableError
-from attune_worker.ledger import Ledger, LedgerRecord
+from attune_worker.ledger import Ledger
+from attune_worker.ledger_record import LedgerRecord
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator

@@ -16,7 +16,8 @@ from redis import Redis
 
 from attune_worker.errors import AttuneError
 from attune_worker.invoices import InvoiceError, InvoiceLine, lines_of, read_invoice
-from attune_worker.ledger import Ledger, LedgerRecord
+from attune_worker.ledger import Ledger
+from attune_worker.ledger_record import LedgerRecord
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.reconcile import Reconciliation, reconcile
 from attune_worker.settings import Settings

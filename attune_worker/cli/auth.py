@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from attune_worker.cli import credentials
+from attune_worker.cli.auth_answers import ASSUMED, LEARNED, MODES, PLANS, asked, fields_of
 from attune_worker.cli.auth_view import print_recommended, print_saved, print_status, shown_fields
 from attune_worker.cli.output import console, json_option, print_json
 from attune_worker.cli.printable import printable
@@ -25,12 +26,6 @@ from attune_worker.models.auth_store import auth_store
 from attune_worker.models.learned_lines import ENOUGH_JOBS, LearnedLines
 from attune_worker.models.source_lines import count_lines_of_code
 from attune_worker.settings import get_settings
-
-PLANS = [plan.value for plan in SubscriptionTier]
-MODES = [mode.value for mode in AuthMode]
-
-LEARNED = "learned"
-ASSUMED = "assumed"
 
 USAGE = 2
 
@@ -162,7 +157,7 @@ def _setup(*, as_json: bool, **options: Any) -> int:
             raise ConfigurationError(
                 "auth setup: there is no terminal to ask at; say what to set, such as --tier max (auth setup --help)"
             )
-        changed = AuthStrategy(**dict(strategy) | (_fields(given) if given else _asked(strategy)))
+        changed = AuthStrategy(**dict(strategy) | (fields_of(given) if given else asked(strategy)))
         store.write(changed.to_json().encode())
     if as_json:
         print_json({"store": store.kind, "place": store.place, "strategy": changed.model_dump(mode="json")})
@@ -268,47 +263,6 @@ def _say_reset(as_json: bool, text: str, *, reset: bool, lost: Mapping[str, Any]
         print_json({"reset": reset, "lost": lost})
     else:
         click.echo(printable(text))
-
-
-def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a strategy's fields for the options that were given."""
-    names = {
-        "tier": "subscription_tier",
-        "mode": "default_mode",
-        "small": "small_module_threshold",
-        "medium": "medium_module_threshold",
-    }
-    fields = {names.get(name, name): value for name, value in given.items()}
-    for name, word, number in (("tokens_per_line", LEARNED, float), ("window_tokens", ASSUMED, int)):
-        if isinstance(value := fields.get(name), str):
-            try:
-                fields[name] = None if value == word else number(value)
-            except ValueError:
-                raise ConfigurationError(f"{name}: {value!r} is neither a number nor {word!r}") from None
-    return fields
-
-
-def _asked(strategy: AuthStrategy) -> dict[str, Any]:
-    """Ask at the terminal for what decides."""
-    plans, modes = click.Choice(PLANS), click.Choice(MODES)
-    fields: dict[str, Any] = {
-        "subscription_tier": click.prompt("Plan", type=plans, default=strategy.subscription_tier.value, err=True),
-        "default_mode": click.prompt("Mode", type=modes, default=strategy.default_mode.value, err=True),
-    }
-    small, medium = strategy.small_module_threshold, strategy.medium_module_threshold
-    fields["small_module_threshold"] = click.prompt(
-        "Fewer lines than this go by the subscription", type=int, default=small, err=True
-    )
-    fields["medium_module_threshold"] = click.prompt(
-        "As many lines as this and more go by the token",
-        type=int,
-        default=max(medium, fields["small_module_threshold"]),
-        err=True,
-    )
-    fields["prefer_subscription"] = click.confirm(
-        "Do those in between go by the subscription?", default=strategy.prefer_subscription, err=True
-    )
-    return fields
 
 
 def _at_terminal() -> bool:

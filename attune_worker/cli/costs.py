@@ -29,7 +29,8 @@ from attune_worker.cli.output import (
 from attune_worker.cli.printable import printable
 from attune_worker.errors import ConfigurationError
 from attune_worker.invoices import COLUMNS, read_invoice
-from attune_worker.ledger import DIMENSIONS, CostRow, Ledger, LedgerRecord
+from attune_worker.ledger import DIMENSIONS, CostRow, Ledger
+from attune_worker.ledger_record import LedgerRecord
 from attune_worker.reconcile import reconcile
 from attune_worker.settings import get_settings
 

@@ -20,21 +20,12 @@ from redis.exceptions import ResponseError
 from attune_worker.budget import BudgetKey
 from attune_worker.errors import ServiceUnavailableError
 from attune_worker.models import decisions
-from attune_worker.models.admission_wire import (
-    CREDENTIAL,
-    FIRST_BUDGET,
-    OF_CIRCUITS,
-    WHY,
-    Charged,
-    Settlement,
-    Wire,
-    circuits_of,
-    in_ms,
-    refusal_of,
-    told,
-)
-from attune_worker.models.calls import Outcome, Permit, Quote, Refusal, Request
+from attune_worker.models.admit_wire import AdmitWire
+from attune_worker.models.calls import Charged, Outcome, Permit, Quote, Refusal, Request, circuits_of
 from attune_worker.models.local_circuits import LocalCircuits
+from attune_worker.models.refusals import OF_CIRCUITS, WHY, refusal_of
+from attune_worker.models.settle_wire import CREDENTIAL, FIRST_BUDGET, Settlement, SettleWire
+from attune_worker.models.wire import in_ms, told
 from attune_worker.settings import Settings
 from attune_worker.store.backlog import Backlog
 from attune_worker.store.circuits import Grant
@@ -91,15 +82,16 @@ class Admission:
         self._local = LocalCircuits(settings.breaker)
         self._unsettled: Backlog[Settlement | _Undated] = Backlog(self._write_all, self._outage)
         self._clock_offset_ms: float | None = None
-        self._wire = Wire(settings, self._worker, self._lease_ms)
+        self._admit_wire = AdmitWire(settings, self._worker, self._lease_ms)
+        self._settle_wire = SettleWire(settings, self._worker)
 
     def admit(self, request: Request) -> Permit | Refusal:
         """Return leave for a call to the first of the candidates that may be called, or say when to ask again."""
-        charged = self._wire.charged(request)
+        charged = self._admit_wire.charged(request)
         if self._outage.worth_trying():
             try:
                 with reaching(self._settings):
-                    answer = ADMIT(self._redis, *self._wire.admit(request, charged))
+                    answer = ADMIT(self._redis, *self._admit_wire.admit(request, charged))
             except ServiceUnavailableError as error:
                 if refused(error):
                     raise
@@ -216,7 +208,7 @@ class Admission:
     def _settlement(self, permit: Permit, outcome: Outcome) -> Settlement | _Undated:
         if self._clock_offset_ms is None:
             return _Undated(permit, outcome, time.monotonic())
-        return self._wire.settle(permit, outcome, self._now_ms())
+        return self._settle_wire.settle(permit, outcome, self._now_ms())
 
     def _dated(self, settlement: Settlement | _Undated) -> Settlement:
         """Return what can be written; asks for Redis' time where that is not known yet."""
@@ -229,7 +221,7 @@ class Admission:
             seconds, micros = answer
             self._clock_offset_ms = seconds * 1000 + micros / 1000 - time.time() * 1000
         ago_ms = round((time.monotonic() - settlement.ended) * 1000)
-        return self._wire.settle(settlement.permit, settlement.outcome, self._now_ms() - ago_ms)
+        return self._settle_wire.settle(settlement.permit, settlement.outcome, self._now_ms() - ago_ms)
 
     def _write(self, settlement: Settlement | _Undated) -> None:
         try:

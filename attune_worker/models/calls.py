@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Self
@@ -13,11 +14,15 @@ from attune_worker.models.credentials import DEFAULT, Credential
 from attune_worker.models.registry import ModelInfo
 from attune_worker.providers.base import Answer
 from attune_worker.providers.rate_headers import Observed
+from attune_worker.store.circuits import Name
 
 PROXY_REFUSED = 407
 """It is a proxy on the way that does not let the call pass, whatever the provider thinks of the key."""
 
 FORBIDDEN = 403
+
+Charged = Sequence[tuple[BudgetKey, ...]]
+"""The budgets that each candidate's call would count against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +185,11 @@ class Outcome:
     def orphaned(cls) -> Self:
         """Return the outcome of a call whose worker died before it said what the call did."""
         return cls("orphaned", "ignored", 0)
+
+
+def circuits_of(model: ModelInfo) -> tuple[Name, Name]:
+    """Return the names of the circuits that a call depends on: its tier's and its provider's."""
+    return (model.provider, model.tier.value), (model.provider, None)
 
 
 def _is_of_the_key(error: CredentialError) -> bool:

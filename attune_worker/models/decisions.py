@@ -13,8 +13,8 @@ from typing import Any
 
 from attune_worker.jobs import Candidate, Decision
 from attune_worker.models.adaptive import Ranking
-from attune_worker.models.admission_wire import OF_CIRCUITS, WHY, Charged, circuits_of, without_money
-from attune_worker.models.calls import Permit, Quote, Refusal, Request
+from attune_worker.models.calls import Charged, Permit, Quote, Refusal, Request, circuits_of
+from attune_worker.models.refusals import OF_CIRCUITS, WHY, without_money
 from attune_worker.models.registry import ModelInfo
 from attune_worker.store.circuits import Grant, Name
 

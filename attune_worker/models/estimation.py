@@ -19,10 +19,8 @@ from attune_worker.ledger import Comparison, Ledger
 from attune_worker.models.adaptive import AdaptiveModelRouter, place_of
 from attune_worker.models.auth import AuthStrategy
 from attune_worker.models.auth_current import get_auth_strategy
-from attune_worker.models.calls import Outcome, Permit
-from attune_worker.models.credentials import credentials_of
-from attune_worker.models.flow import Caller
 from attune_worker.models.modes import Mode, Quota, as_workers, mode_of, quota_of, wished
+from attune_worker.models.offers import Offers
 from attune_worker.models.pricing import plain_cost, worst_case_cost
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.models.routing import most_tokens, output_limit
@@ -153,10 +151,9 @@ class Estimator:
         self._telemetry = Telemetry(self._settings)
         self._ledger = Ledger(self._settings)
         self._router = AdaptiveModelRouter(self._settings, self._registry, self._telemetry)
-        workers = as_workers(self._settings)
-        self._credentials = {name: credentials_of(one) for name, one in workers.providers.items()}
+        self._offers = Offers(as_workers(self._settings), self._registry, self._strategy)
+        self._credentials = self._offers.credentials
         self._subscribed = any(one.subscription for found in self._credentials.values() for one in found)
-        self._caller = Caller(workers, self._registry, self._router, _nothing_to_settle, self._strategy)
         self._standing = Credentials(self._settings)
         self._statuses: _Kept[dict[str, tuple[CredentialStatus, ...]]] = _Kept(FRESH_SECONDS)
         self._views: _Kept[StageView] = _Kept(FRESH_SECONDS)
@@ -225,7 +222,7 @@ class Estimator:
         self, job: Job, view: StageView
     ) -> tuple[str | None, list[tuple[ModelInfo, str]], list[tuple[ModelInfo, str]]]:
         """Return the rule, the models in the order in which they are asked, and those that may not serve, with why."""
-        found = self._caller.candidates(job)
+        found = self._offers.candidates(job)
         dropped = list(found.dropped)
         try:
             ranking = self._router.rank(job, found, None, view)
@@ -300,7 +297,3 @@ class _Kept(Generic[T]):
                 self._values.clear()
             self._values[key] = now, value
         return value
-
-
-def _nothing_to_settle(permit: Permit, outcome: Outcome) -> None:
-    """Nothing: no call is made here, so none is broken off."""

@@ -29,8 +29,10 @@ from attune_worker.models.admission import Admission
 from attune_worker.models.auth import AuthStrategy
 from attune_worker.models.auth_current import get_auth_strategy
 from attune_worker.models.calls import Permit, Refusal, Request
-from attune_worker.models.flow import Admit, Caller, Effect, Rank, Reply, Send, Settle, Start, Unsent, Wait
+from attune_worker.models.effects import Admit, Effect, Rank, Reply, Send, Settle, Unsent, Wait
+from attune_worker.models.flow import Caller
 from attune_worker.models.pricing import cost
+from attune_worker.models.progress import Start
 from attune_worker.models.registry import Registry
 from attune_worker.providers.base import Answer, HttpRequest
 from attune_worker.providers.http import HttpSender

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from attune_worker.budget import BudgetKey
-from attune_worker.jobs import AuthMode
+from attune_worker.jobs import AuthMode, Job
+from attune_worker.models.adaptive import place_of
+from attune_worker.models.calls import Quote
 from attune_worker.sections import DEFAULT_CREDENTIAL
 from attune_worker.store.keys import part
 
@@ -65,6 +67,24 @@ class Intent:
         if self.mode == AuthMode.API:
             del fields["mode"]
         return [text for field in fields.items() for text in field]
+
+    @classmethod
+    def for_call(cls, job_id: str, lease: str, job: Job, quote: Quote, budgets: tuple[BudgetKey, ...]) -> Self:
+        """Return what is written down before a call for ``job`` to the model of ``quote``."""
+        (workflow, stage), model, credential = place_of(job), quote.model, quote.credential
+        return cls(
+            job_id=job_id,
+            lease=lease,
+            tenant=job.tenant,
+            workflow=workflow,
+            stage=stage,
+            provider=model.provider,
+            model_id=model.id,
+            tier=model.tier.value,
+            budgets=budgets,
+            mode=credential.mode.value,
+            credential=credential.name,
+        )
 
     @classmethod
     def of(cls, call: Fields) -> Self:

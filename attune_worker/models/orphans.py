@@ -11,9 +11,9 @@ from redis.exceptions import ResponseError
 
 from attune_worker.jobs import Attempt
 from attune_worker.models.admission import SETTLE
-from attune_worker.models.admission_wire import Settlement, Wire
 from attune_worker.models.attempts import attempt_in
 from attune_worker.models.intent import Fields, Intent
+from attune_worker.models.settle_wire import Settlement, SettleWire
 from attune_worker.settings import Settings
 from attune_worker.store.connection import Command, RedisClient, close_idle, connect, reaching, together
 from attune_worker.store.keys import FleetKeys
@@ -34,7 +34,7 @@ class Orphans:
         self._settings = settings
         self._keys = FleetKeys(settings.namespace)
         self._redis = redis or connect(settings)
-        self._wire = Wire(settings, "", 0)
+        self._wire = SettleWire(settings, "")
 
     def of_job(self, job_id: str, lease: str) -> tuple[Attempt, ...]:
         """Do for one job what ``of_jobs`` does."""

@@ -20,7 +20,7 @@ import pytest
 from redis import Redis
 
 from attune_worker.jobs import Attempt, JobResult, JobStatus
-from attune_worker.ledger import LedgerRecord
+from attune_worker.ledger_record import LedgerRecord
 from attune_worker.simulator import FixedLatency, Profile, Simulator
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.store.record import Record

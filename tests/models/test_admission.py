@@ -29,10 +29,12 @@ from attune_worker.errors import (
 from attune_worker.jobs import Job
 from attune_worker.ledger import Ledger
 from attune_worker.limits import Limits
+from attune_worker.models.credentials import DEFAULT
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
 from attune_worker.store.keys import FleetKeys
+from attune_worker.telemetry.views import StageView
 from tests.conftest import API_KEY, process_environ
 
 Until = Callable[[Callable[[], Any]], Any]
@@ -124,9 +126,10 @@ def test_budget_without_room_for_the_first_model_goes_to_one_that_fits(
 ) -> None:
     """The cheaper one answers, and is what was charged."""
     fields = {"task_type": "summarize", "prompt": "?", "tier_hint": "capable", "max_tokens": 60}
-    caller = make_executor()._caller
-    models = caller.candidates(Job.parse(fields)).models
-    worst = [caller._most_usd(Job.parse(fields), model) for model in models[:2]]
+    offers = make_executor()._caller.offers
+    models = offers.candidates(Job.parse(fields)).models
+    quotes = offers.quotes(Job.parse(fields), [(model, DEFAULT) for model in models[:2]], StageView())
+    worst = [quote.worst_usd for quote in quotes]
     assert worst[0] is not None
     assert worst[1] is not None
     executor = make_executor(budgets=[{"per": "day", "limit_usd": (worst[0] + worst[1]) / 2}])
@@ -139,8 +142,9 @@ def test_retry_needs_room_of_its_own(make_executor: Callable[..., EmpathyLLMExec
     """After a call that may have cost all there was, no second one is made."""
     behave(simulator, errors={"truncated": 1})
     unlimited = make_executor()
-    quote = next(iter(unlimited.registry.find("openai/gpt-6-luna")))
-    worst = unlimited._caller._most_usd(LUNA, quote)
+    model = next(iter(unlimited.registry.find("openai/gpt-6-luna")))
+    [quote] = unlimited._caller.offers.quotes(LUNA, [(model, DEFAULT)], StageView())
+    worst = quote.worst_usd
     assert worst is not None
     executor = make_executor(budgets=[{"per": "day", "limit_usd": worst * Decimal("1.5")}])
     with pytest.raises(BudgetExceededError) as caught:
@@ -229,6 +233,7 @@ import json, sys
 from attune_worker.errors import AttuneError
 from attune_worker.jobs import Job
 from attune_worker.ledger import Ledger
+from attune_worker.models.credentials import DEFAULT
 from attune_worker.models.executor import EmpathyLLMExecutor
 executor = EmpathyLLMExecutor()
 print("ready", flush=True)

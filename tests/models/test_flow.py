@@ -25,20 +25,9 @@ from attune_worker.jobs import Attempt, Job, ModelTier
 from attune_worker.models.adaptive import AdaptiveModelRouter
 from attune_worker.models.auth import AuthStrategy
 from attune_worker.models.calls import Outcome, Permit, Refusal
-from attune_worker.models.flow import (
-    ADMITTED_TOGETHER,
-    Admit,
-    Caller,
-    Effect,
-    Flow,
-    Rank,
-    Reply,
-    Send,
-    Settle,
-    Start,
-    Unsent,
-    Wait,
-)
+from attune_worker.models.effects import Admit, Effect, Flow, Rank, Reply, Send, Settle, Unsent, Wait
+from attune_worker.models.flow import ADMITTED_TOGETHER, Caller
+from attune_worker.models.progress import Start
 from attune_worker.models.registry import ModelInfo, Registry
 from attune_worker.providers.base import HttpResponse
 from attune_worker.sections import CredentialSettings
@@ -119,7 +108,7 @@ class Lab:
         )
 
     def candidates(self) -> tuple[ModelInfo, ...]:
-        return self._caller.candidates(JOB).models
+        return self._caller.offers.candidates(JOB).models
 
     def flow(self, job: Job = JOB, **start: Any) -> Ranked:
         return Ranked(self._caller, self._caller.flow(Start(job, **start)))

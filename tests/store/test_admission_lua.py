@@ -260,7 +260,7 @@ def test_settlement_after_its_intent_is_gone_is_charged_in_full(
 
 def settle_late(admission: Admission, taken: Permit, outcome: Outcome, seconds: float) -> None:
     """Write a settlement of a call that ended so long ago, as the backlog does after an outage."""
-    keys, (text, record) = admission._wire.settle(taken, outcome, round(time.time() * 1000))
+    keys, (text, record) = admission._settle_wire.settle(taken, outcome, round(time.time() * 1000))
     told = json.loads(text)
     admission._write((keys, (json.dumps({**told, "ended_ms": told["ended_ms"] - round(seconds * 1000)}), record)))
 

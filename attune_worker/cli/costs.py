@@ -113,9 +113,9 @@ def report(days: int, by: list[str], as_json: bool) -> None:
         shown = {"days": days, "by": by, "rows": list(map(_row, rows)), "total": _row(total)}
         print_json({**shown, "savings": None if saved is None else asdict(saved)})
     elif not total.calls:
-        click.echo(f"no calls in the last {days} days")
+        click.echo(f"no calls in the last {counted(days, 'day')}")
     else:
-        print_report(console(), rows, total, by, f"last {days} days (UTC)")
+        print_report(console(), rows, total, by, f"last {counted(days, 'day')} (UTC)")
         if saved is not None:
             print_savings(console(), saved)
 

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from attune_worker.cli.number import Number
-from attune_worker.cli.output import Column, Rows, console, json_option, print_fitting, print_json, say
+from attune_worker.cli.output import Column, Rows, console, counted, json_option, print_fitting, print_json, say
 from attune_worker.cli.printable import printable
 from attune_worker.jobs import Candidate, Decision
 from attune_worker.models.adaptive import AdaptiveModelRouter
@@ -122,7 +122,7 @@ def stats(workflow: str, stage: str | None, days: int, as_json: bool) -> None:
     if as_json:
         print_json(found)
     elif not found["total_calls"]:
-        click.echo(printable(f"no calls of {_where(workflow, stage)} in the last {days} days"))
+        click.echo(printable(f"no calls of {_where(workflow, stage)} in the last {counted(days, 'day')}"))
     else:
         print_fitting(console(), _counted(found))
 
@@ -203,7 +203,7 @@ def _verdict(one: Candidate, decision: Decision) -> str:
 
 
 def _counted(found: dict[str, Any]) -> Rows:
-    title = f"{_where(found['workflow'], found['stage'])}, last {found['days_analyzed']} days"
+    title = f"{_where(found['workflow'], found['stage'])}, last {counted(found['days_analyzed'], 'day')}"
     total = ("total", str(found["total_calls"]), _share(found["avg_success_rate"]), _usd(found["avg_cost"]), "", "", "")
     names = ("model", "calls", "success", "USD a call", "mean ms", "p95 ms", "score")
     columns = [Column(name, rank=int(" ms" in name), right=name != "model") for name in names]

@@ -19,7 +19,7 @@ from attune_worker.wake_ups import messages_waiting, send_wake_ups
 from attune_worker.worker.lost_wake_ups import MOST_AT_ONCE, MOST_FORGOTTEN, WATCH_SECONDS, Deficit, LostWakeUps
 
 Until = Callable[[Callable[[], Any]], Any]
-SOON = 30.0
+SOON = 60.0
 FIELDS = {"task_type": "summarize", "prompt": "?"}
 
 

@@ -24,7 +24,7 @@ from attune_worker.worker.runner import Runner
 from attune_worker.worker.sweeper import Sweeper
 from tests.conftest import API_KEY
 
-SOON = 30.0
+SOON = 60.0
 CALL = Attempt(
     model_id="gpt-6-luna",
     provider="openai",

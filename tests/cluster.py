@@ -27,7 +27,7 @@ BUS = 10_000
 PORTS = range(12_000, 22_000)
 """Below those that the kernel gives out, as are the ports of the bus."""
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 
 CONFIGURATION = """\
 cluster-enabled yes
@@ -65,7 +65,7 @@ class LocalCluster:
         clients[target].execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
         clients[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
         if keys := clients[source].execute_command("CLUSTER GETKEYSINSLOT", slot, 1000):
-            clients[source].migrate("127.0.0.1", str(self.nodes[target].port), keys, 0, 5000, auth=self.password)
+            clients[source].migrate("127.0.0.1", str(self.nodes[target].port), keys, 0, 60_000, auth=self.password)
         if finish:
             for client in (clients[target], clients[source]):
                 client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target])
@@ -89,13 +89,13 @@ class ClusterClient(Cluster):
         assert isinstance(heard_by, ClusterNode)
         with self.pubsub(node=heard_by, ignore_subscribe_messages=True) as listener:
             listener.subscribe(barrier)
-            listener.get_message(timeout=5)
+            listener.get_message(timeout=START_SECONDS)
             nodes = self.get_primaries()
             for node in nodes:
                 self.execute_command("PUBLISH", barrier, node.name, target_nodes=node)
             heard = 0
             while heard < len(nodes):
-                heard += listener.get_message(timeout=5) is not None
+                heard += listener.get_message(timeout=START_SECONDS) is not None
         return self.execute_command("PUBLISH", channel, message, target_nodes=heard_by, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from redis import Redis
 
 from attune_worker.local import LocalWorker
@@ -30,6 +33,15 @@ API_KEY = "sk-test-3b1f0c-never-shown"
 PATIENCE_SECONDS = 60.0
 """How long a test waits for something that should happen at once, before it fails."""
 
+DAY_SECONDS = 86_400
+
+TICK_SECONDS = 0.01
+STALL_SECONDS = 0.1
+"""A tick that comes later than this was held up by the machine."""
+
+hypothesis_settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("untimed")  # an example that takes long is no counterexample
+
 Until = Callable[[Callable[[], Any]], Any]
 Environ = Callable[..., dict[str, str]]
 
@@ -42,6 +54,63 @@ def _own_environment() -> Iterator[None]:
             if name.startswith("ATTUNE_") or name.endswith("_API_KEY"):
                 patch.delenv(name)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _one_day() -> None:
+    """Begin no test in the last minute of a day (UTC): sums and budgets of a day would be those of two."""
+    if (left := DAY_SECONDS - time.time() % DAY_SECONDS) < PATIENCE_SECONDS:
+        time.sleep(left)
+
+
+class Stopwatch:
+    """Counts the seconds in which this machine ran: not those in which it stood still, or let others go first.
+
+    For a bound that is the claim of a test, such as "within a second": a stall of the machine is no breach of it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Count no more."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _tick(self) -> None:
+        last = time.monotonic()
+        while not self._stopping.wait(TICK_SECONDS):
+            now = time.monotonic()
+            self.seconds += min(now - last, STALL_SECONDS)
+            last = now
+
+
+@pytest.fixture
+def stopwatch() -> Iterator[Stopwatch]:
+    """Return what counts the seconds of this test in which the machine ran."""
+    found = Stopwatch()
+    yield found
+    found.stop()
+
+
+def longer_and_longer(seconds: float) -> Iterator[float]:
+    """Yield a short time, then longer ones: for a test whose time may be up before that begins which it bounds."""
+    return itertools.takewhile(lambda so_long: so_long < PATIENCE_SECONDS, (seconds * 4**n for n in itertools.count()))
+
+
+def answer_now(simulator: Simulator) -> None:
+    """Have every call under way answered that the simulator would answer within a minute: its clock is put forward.
+
+    A test that needs calls to be under way while it does something gives them ``PATIENCE_SECONDS`` as latency, and
+    ends them by this: it waits for no time to pass, and none passes too early.
+    """
+    loop: Any = simulator._loop
+    before = loop.time
+    loop.time = lambda: before() + PATIENCE_SECONDS
+    loop.call_soon_threadsafe(lambda: None)
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +144,7 @@ def make_environ(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathF
         values: dict[str, object] = {
             "CONFIG": nothing,
             "REDIS_URL": redis_server.url,
+            "REDIS_TIMEOUT_SECONDS": PATIENCE_SECONDS / 2,  # a test that breaks Redis sets it
             "NAMESPACE": f"test-{uuid4().hex[:12]}",
             "RETRY__BACKOFF_SECONDS": 0.01,
             "ROUTING__EXPLORATION": 0,  # a test that wants chance says so

@@ -29,7 +29,7 @@ from attune_worker.store.records import Claim, Finish, Records
 from attune_worker.wake_ups import messages_waiting
 
 SECRET = "the merger with Initech is off"
-SOON = 10.0
+SOON = 60.0
 
 
 @pytest.fixture
@@ -460,11 +460,11 @@ except ResultTimeoutError:
 if os.fork() == 0:
     handle = client.submit("summarize", "child")
     os.write(1, f"{handle.id}\\n".encode())
-    os.write(1, f"child: {handle.result(20).content}\\n".encode())
+    os.write(1, f"child: {handle.result(60).content}\\n".encode())
     os._exit(0)
 handle = client.submit("summarize", "parent")
 os.write(1, f"{handle.id}\\n".encode())
-os.write(1, f"parent: {handle.result(20).content}\\n".encode())
+os.write(1, f"parent: {handle.result(60).content}\\n".encode())
 os.wait()
 """
 

@@ -7,7 +7,7 @@ import pytest
 from attune_worker.errors import StoppedError
 from attune_worker.interruption import Interruption
 
-SOON = 10.0
+SOON = 60.0
 
 
 @pytest.mark.parametrize("how", ["stop", "wind_down"])

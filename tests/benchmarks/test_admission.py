@@ -14,7 +14,7 @@ def test_quick_run_counts_two_commands_and_no_overshoot(tmp_path):
     numbers, page = tmp_path / "measured.json", tmp_path / "admission.md"
     command = [sys.executable, str(BENCHMARKS / "admission.py"), "--quick"]
     command += ["--json", str(numbers), "--markdown", str(page)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
     measured = json.loads(numbers.read_text())

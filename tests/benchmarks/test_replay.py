@@ -72,7 +72,7 @@ def recorded(tmp_path_factory):
 
 def replay(*arguments):
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
 
 
 def estimates(*arguments):

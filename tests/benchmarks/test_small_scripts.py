@@ -12,7 +12,7 @@ MEGABYTE = 2**20
 
 def run(script: str, *options: str) -> str:
     command = [sys.executable, str(BENCHMARKS / script), *options]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -10,7 +10,7 @@ from attune_worker.errors import CredentialError
 from attune_worker.models.executor import EmpathyLLMExecutor
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile
-from tests.conftest import API_KEY
+from tests.conftest import API_KEY, PATIENCE_SECONDS
 
 NOBODY = "redis://:s3cret-word@127.0.0.1:1/0"
 SECOND, TOKEN = "sk-test-second-never-shown", "sk-test-token-never-shown"
@@ -63,7 +63,7 @@ def fleet(own_environ, simulator):
     )
     with EmpathyLLMExecutor(Settings.load(environ=own_environ)) as executor:
         executor.run("summarize", "?", model="claude-haiku-5-5", auth_mode="subscription")
-        until = time.monotonic() + 30
+        until = time.monotonic() + PATIENCE_SECONDS
         while all(one.credential != "two" for one in attempts_of(executor)):
             assert time.monotonic() < until
 

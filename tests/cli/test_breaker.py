@@ -197,7 +197,7 @@ class Watch:
 
     def end(self, number=signal.SIGINT):
         self.process.send_signal(number)
-        rest, errors = self.process.communicate(timeout=30)
+        rest, errors = self.process.communicate(timeout=60)
         return self.process.returncode, rest, errors
 
 
@@ -253,7 +253,7 @@ def test_watch_on_a_terminal_is_live(environ, breaker, until):
         breaker.trip("anthropic", "cheap", reason="upkeep")
         until(lambda: shows(b"upkeep"))
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         with suppress(OSError):  # the other end is closed
             shows(b"")
         assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")  # the cursor is back

@@ -85,7 +85,7 @@ def test_the_demo_cleans_up_after_ctrl_c(environ, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) != 0
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
 
 
@@ -102,7 +102,7 @@ def test_a_wrong_setting_ends_every_command_with_one_line_and_code_2(environ, tm
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         ),
     ):
@@ -118,7 +118,7 @@ def test_the_same_group_is_mounted_under_celery(environ):
         env=environ,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert ran.returncode == 0
@@ -140,8 +140,8 @@ def test_the_simulator_says_where_it_listens_and_ends_on_sigterm(environ):
     )
     try:
         url = process.stdout.readline().split()[-1]
-        assert httpx.get(f"{url}/_sim/health").status_code == 200
+        assert httpx.get(f"{url}/_sim/health", timeout=60).status_code == 200
     finally:
         process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     process.stdout.close()

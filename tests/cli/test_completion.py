@@ -79,7 +79,7 @@ def test_bash_runs_its_script(invoke, environ, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert (ran.stdout.strip(), ran.returncode) == ("override", 0), ran.stderr

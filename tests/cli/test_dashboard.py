@@ -7,6 +7,8 @@ import sys
 import httpx
 import pytest
 
+from tests.conftest import PATIENCE_SECONDS
+
 PASSWORD = "admin:a-long-password"
 
 
@@ -29,7 +31,7 @@ def dashboard(environ):
 def answered(url, **options):
     """Return the status of an answer, None while there is none."""
     try:
-        return httpx.get(url, timeout=10, **options).status_code
+        return httpx.get(url, timeout=PATIENCE_SECONDS, **options).status_code
     except httpx.TransportError:
         return None
 
@@ -46,7 +48,7 @@ def test_dashboard_is_flower_on_loopback_behind_a_password(dashboard, until):
         assert answered(url, auth=tuple(PASSWORD.split(":"))) == 200
     finally:
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0
     assert PASSWORD not in said
 

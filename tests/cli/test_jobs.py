@@ -259,7 +259,7 @@ def test_a_retried_job_runs(invoke, environ, client, failed, start_worker):
     """The command is all that it takes."""
     invoke("jobs", "retry", failed)
     start_worker(environ)
-    assert client.result(failed, timeout=30).succeeded
+    assert client.result(failed, timeout=60).succeeded
 
 
 def test_the_fields_of_the_json_are_documented():

@@ -74,7 +74,7 @@ def interrupt(environ, jobs: Path, out: Path, after: int, how: signal.Signals) -
     assert family
     process.send_signal(how)
     process.wait(60)
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, "what the run had started must end with it"
     return process
 

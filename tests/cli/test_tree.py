@@ -136,7 +136,8 @@ def test_whatever_can_be_read_can_be_read_by_a_program(path, command):
 @pytest.mark.parametrize("path", NEED_REDIS, ids=named)
 def test_a_redis_that_is_away_is_one_line_with_what_to_do(call, path):
     """Which URL, without its password; what was tried; exit code 3."""
-    ran = call(*path, *ARGUMENTS.get(path, []), ATTUNE_REDIS_URL=DEAD, ATTUNE_BUDGETS=BUDGETS)
+    away = {"ATTUNE_REDIS_URL": DEAD, "ATTUNE_REDIS_TIMEOUT_SECONDS": "5"}
+    ran = call(*path, *ARGUMENTS.get(path, []), **away, ATTUNE_BUDGETS=BUDGETS)
     assert ran.exit_code == 3, ran.output + repr(ran.exception)
     line = ran.stderr.strip()
     assert line.count("\n") == 0

@@ -17,7 +17,8 @@ from attune_worker import Settings
 from attune_worker.models.price_list import get_pricing
 from attune_worker.models.registry import Registry
 from attune_worker.simulator import FixedLatency, Profile, answer
-from tests.examples.stack import EXAMPLES, ROOT, Stack, eventually, free_port, running_stack
+from tests.conftest import answer_now
+from tests.examples.stack import EXAMPLES, PATIENCE_SECONDS, ROOT, Stack, eventually, free_port, running_stack
 
 SYSTEM = "Summarize the text in two sentences."
 
@@ -31,8 +32,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture
 def slow_provider(stack: Stack) -> Iterator[None]:
-    """A provider that takes its time."""
-    stack.simulator.profile = Profile(latency=FixedLatency(seconds=1.0))
+    """A provider that takes its time, until it is told to answer."""
+    stack.simulator.profile = Profile(latency=FixedLatency(seconds=PATIENCE_SECONDS))
     yield
     stack.simulator.profile = Profile()
 
@@ -85,7 +86,7 @@ class TestFastApi:
 
         async def ask_all(url: str) -> list[httpx.Response]:
             limits = httpx.Limits(max_connections=200)
-            async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as http:
+            async with httpx.AsyncClient(base_url=url, limits=limits, timeout=PATIENCE_SECONDS) as http:
                 calls = (http.post("/summarize", json={"text": text(number)}) for number in range(200))
                 return await asyncio.gather(*calls)
 
@@ -100,12 +101,14 @@ class TestFastApi:
     def test_a_slow_job_is_answered_with_its_id_and_read_later(self, stack, slow_provider):
         """A job that outlasts the caller's patience goes on, and its answer is found under its id."""
         with fastapi(stack, WAIT_SECONDS="0.1") as url:
-            accepted = httpx.post(f"{url}/summarize", json={"text": text(1)})
+            accepted = httpx.post(f"{url}/summarize", json={"text": text(1)}, timeout=PATIENCE_SECONDS)
             assert accepted.status_code == 202
+            eventually(lambda: stack.simulator.requests()["in_flight"], "the job is called for")
+            answer_now(stack.simulator)
             job = f"{url}/jobs/{accepted.json()['job_id']}"
 
             def ended() -> httpx.Response | None:
-                response = httpx.get(job)
+                response = httpx.get(job, timeout=PATIENCE_SECONDS)
                 return response if response.status_code != 202 else None
 
             response = eventually(ended, "the job has ended")
@@ -115,8 +118,8 @@ class TestFastApi:
     def test_bad_input_and_unknown_jobs_are_refused_in_one_line(self, stack):
         """Callers learn what is wrong with their request, by status and by message."""
         with fastapi(stack) as url:
-            empty = httpx.post(f"{url}/summarize", json={"text": "  "})
-            unknown = httpx.get(f"{url}/jobs/nobody")
+            empty = httpx.post(f"{url}/summarize", json={"text": "  "}, timeout=PATIENCE_SECONDS)
+            unknown = httpx.get(f"{url}/jobs/nobody", timeout=PATIENCE_SECONDS)
         assert (empty.status_code, unknown.status_code) == (422, 404)
         assert "prompt" in empty.json()["error"]
         assert "nobody" in unknown.json()["error"]
@@ -128,7 +131,10 @@ class TestDjango:
     def test_concurrent_callers_each_get_their_own_answer(self, stack):
         """The blocking client serves the threads of one Django process."""
         with django(stack) as url, ThreadPoolExecutor(20) as pool:
-            asked = [pool.submit(httpx.post, f"{url}/summarize", json={"text": text(n)}, timeout=60) for n in range(40)]
+            asked = [
+                pool.submit(httpx.post, f"{url}/summarize", json={"text": text(n)}, timeout=PATIENCE_SECONDS)
+                for n in range(40)
+            ]
             responses = [call.result() for call in asked]
         assert {response.status_code for response in responses} == {200}
         assert all(is_answer_to(text(number), response.json()) for number, response in enumerate(responses))
@@ -137,10 +143,10 @@ class TestDjango:
         """Callers learn what is wrong with their request, by status and by message."""
         with django(stack) as url:
             statuses = [
-                httpx.post(f"{url}/summarize", content=body).status_code
+                httpx.post(f"{url}/summarize", content=body, timeout=PATIENCE_SECONDS).status_code
                 for body in ('{"text": " "}', '{"text": 1}', "{}", "[]", "no JSON")
             ]
-            unknown = httpx.get(f"{url}/jobs/nobody")
+            unknown = httpx.get(f"{url}/jobs/nobody", timeout=PATIENCE_SECONDS)
         assert statuses == [422, 422, 400, 400, 400]
         assert unknown.status_code == 404
 
@@ -154,7 +160,13 @@ def test_a_chain_hands_the_answer_to_the_next_task(stack):
         eventually(lambda: " ready." in log.read_text(), f"the worker takes jobs; its log: {log}")
         command = [sys.executable, "examples/chain.py", question]
         done = subprocess.run(
-            command, cwd=ROOT, env={**stack.environ, **own}, capture_output=True, text=True, timeout=30, check=True
+            command,
+            cwd=ROOT,
+            env={**stack.environ, **own},
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE_SECONDS,
+            check=True,
         )
     model = done.stdout.split()[-1]
     content = answer(model, "", [("user", question)]).text
@@ -167,7 +179,9 @@ def test_the_sample_file_runs(stack, tmp_path):
     """Every line of the sample is a job, and every job has its answer in the results."""
     output = tmp_path / "results.jsonl"
     command = [sys.executable, "-m", "attune_worker", "run", str(EXAMPLES / "jobs.jsonl"), "-o", str(output)]
-    subprocess.run(command, cwd=tmp_path, env=stack.environ, stderr=subprocess.PIPE, timeout=30, check=True)
+    subprocess.run(
+        command, cwd=tmp_path, env=stack.environ, stderr=subprocess.PIPE, timeout=2 * PATIENCE_SECONDS, check=True
+    )
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(lines) == len((EXAMPLES / "jobs.jsonl").read_text().splitlines())
     assert {line["status"] for line in lines} == {"succeeded"}

@@ -15,7 +15,7 @@ from attune_worker.local import LocalWorker
 from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
 from attune_worker.store.embedded import EmbeddedRedis
-from tests.conftest import API_KEY, Environ, Until
+from tests.conftest import API_KEY, PATIENCE_SECONDS, Environ, Until, answer_now
 from tests.faults.conftest import assert_each_ran_once, kill, process_id, submit
 
 StartWorker = Callable[..., LocalWorker]
@@ -23,7 +23,7 @@ StartWorker = Callable[..., LocalWorker]
 
 @pytest.fixture
 def environ(make_environ: Environ, simulator: Simulator, own_server: EmbeddedRedis) -> dict[str, str]:
-    return make_environ(simulator, REDIS_URL=own_server.url, RECOVERY__LEASE_SECONDS=2)
+    return make_environ(simulator, REDIS_URL=own_server.url)
 
 
 def messages(redis: Redis, settings: Settings) -> int:
@@ -90,11 +90,13 @@ def test_worker_with_free_threads_survives_an_outage_of_its_broker(
 ) -> None:
     """It tries again until Redis is back, ends what it ran meanwhile, and takes new jobs; the process is the same."""
     worker = start_worker(environ, concurrency=10)
-    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": 1})
+    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": PATIENCE_SECONDS})
     handles = submit(client, 3)
     until(lambda: simulator.requests()["in_flight"] == 3)
     own_server.stop()
     until(lambda: worker.log.read_text().count("Trying again in") > 1)
+    simulator.profile = Profile.parse({"api_keys": [API_KEY]})
+    answer_now(simulator)
     until(lambda: not simulator.requests()["in_flight"])
     own_server.start()
     handles += submit(client, 3)

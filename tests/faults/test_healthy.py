@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from attune_worker.simulator import Profile, Simulator
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.worker.consumer import OVERDUE_SECONDS
 from benchmarks.tcp_proxy import TcpProxy
-from tests.conftest import API_KEY, Environ, Until, process_environ
+from tests.conftest import API_KEY, PATIENCE_SECONDS, Environ, Until, process_environ
 from tests.faults.conftest import assert_each_ran_once, kill, paused, process_id, submit
 
 StartWorker = Callable[..., LocalWorker]
@@ -27,12 +28,15 @@ class HalfOpenProxy(TcpProxy):
 
     def silence(self) -> None:
         """Carry nothing more on the connections there are now; new ones work."""
+        done = threading.Event()
 
         def silence() -> None:
             for writer in self._open:
                 writer.transport.pause_reading()  # type: ignore[attr-defined]  # stream transports can
+            done.set()
 
         self._loop.call_soon_threadsafe(silence)
+        assert done.wait(PATIENCE_SECONDS)
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def environ(
     make_environ: Environ, simulator: Simulator, own_server: EmbeddedRedis, proxy: HalfOpenProxy
 ) -> dict[str, str]:
     through_proxy = own_server.url.replace(f":{own_server.port}/", f":{proxy.port}/")
-    return make_environ(simulator, REDIS_URL=own_server.url, BROKER_URL=through_proxy)
+    return make_environ(simulator, REDIS_URL=own_server.url, BROKER_URL=through_proxy, REDIS_TIMEOUT_SECONDS=5)
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def worker(environ: dict[str, str], file: Path, start_worker: StartWorker, until
 @pytest.mark.usefixtures("worker")
 def test_busy_worker_is_healthy(file: Path, client: Client, simulator: Simulator, until: Until) -> None:
     """All its threads are busy for longer than a question for messages may take, and it asks none."""
-    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": 60})
+    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": 10 * PATIENCE_SECONDS})
     submit(client, 5)
     until(lambda: simulator.requests()["in_flight"] == 2)
     full_since = time.time()

@@ -31,7 +31,7 @@ from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.store.keys import FleetKeys
-from tests.conftest import API_KEY, Environ, process_environ
+from tests.conftest import API_KEY, PATIENCE_SECONDS, Environ, answer_now, process_environ
 
 Until = Callable[[Callable[[], Any]], Any]
 JOB = Job.parse({"task_type": "summarize", "prompt": "a prompt", "model": "gpt-6-luna", "max_tokens": 50})
@@ -376,11 +376,12 @@ def test_worker_that_is_stopped_writes_what_it_keeps(
     )
     settings = Settings.load(environ=environ)
     worker = start_worker(environ, pool=pool, concurrency=2)
-    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": 0.5})
+    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": PATIENCE_SECONDS})
     with closing(Client(settings)) as client:
         handle = client.submit("summarize", "?")
         until(lambda: handle.status() is JobStatus.RUNNING and simulator.requests()["in_flight"])
         own_server.stop()
+        answer_now(simulator)
         until(lambda: "ends of jobs are kept until Redis answers" in worker.log.read_text())
         assert billed(simulator) > 0
         worker.terminate()
@@ -388,7 +389,7 @@ def test_worker_that_is_stopped_writes_what_it_keeps(
             until(lambda: "Warm shutdown" in worker.log.read_text())
         own_server.start()
         assert worker.process is not None
-        assert worker.process.wait(30) == 0
+        assert worker.process.wait(PATIENCE_SECONDS) == 0
         assert handle.status() is JobStatus.SUCCEEDED
     [status] = Budgets(settings).status()
     assert (status.spent_usd, status.reserved_usd) == (billed(simulator), 0)
@@ -417,5 +418,5 @@ def test_program_that_ends_without_close_writes_what_it_keeps(
         assert script.stdout is not None
         assert script.stdout.readline() == b"called\n"
         own_server.start()
-        assert script.wait(30) == 0
+        assert script.wait(PATIENCE_SECONDS) == 0
     assert calls(redis, settings) == simulator.invoice()["count"] == 1

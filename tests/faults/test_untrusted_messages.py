@@ -34,7 +34,7 @@ from tests.conftest import Environ, Until
 
 SECRET = "zebra-crossing-4711"
 ESCAPE = "\x1b[31m"
-SOON = 30.0
+SOON = 60.0
 MEGABYTE = 2**20
 SUBMIT = "attune_worker.submit_job"
 

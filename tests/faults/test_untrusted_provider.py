@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -24,12 +23,12 @@ from attune_worker.jobs import JobResult, JobStatus
 from attune_worker.local import LocalWorker
 from attune_worker.settings import Settings
 from attune_worker.simulator import Simulator
-from tests.conftest import API_KEY, Environ, RawServer, process_environ
+from tests.conftest import API_KEY, PATIENCE_SECONDS, Environ, RawServer, Stopwatch, process_environ
 
 SECRET = "zebra-crossing-4711"
-SOON = 30.0
+SOON = 60.0
 MEGABYTE = 2**20
-TIMEOUT_SECONDS = 3.0
+TIMEOUT_SECONDS = 5.0
 MAX_RESPONSE_BYTES = 8 * MEGABYTE
 MEMORY_BYTES = 60 * MEGABYTE
 """What one answer at the limit may cost: the answer, its text, and what Python and C keep of both for a while."""
@@ -196,7 +195,7 @@ def test_packed_answer_of_reasonable_size_is_read(target: Target) -> None:
     assert target.ask(ok(body, b"Content-Encoding: gzip")).content == "fine"
 
 
-def test_answer_that_drips_ends_with_its_time(target: Target) -> None:
+def test_answer_that_drips_ends_with_its_time(target: Target, stopwatch: Stopwatch) -> None:
     """A byte now and then keeps no worker longer than the call's own time."""
     over = threading.Event()
 
@@ -205,12 +204,12 @@ def test_answer_that_drips_ends_with_its_time(target: Target) -> None:
         while not over.wait(0.5):
             connection.sendall(b" ")
 
-    began = time.monotonic()
+    began = stopwatch.seconds
     result = target.ask(script)
     over.set()
     assert_failed(result, "timeout")
     assert result.cost_usd is None
-    assert time.monotonic() - began < TIMEOUT_SECONDS + SOON / 3
+    assert stopwatch.seconds - began < TIMEOUT_SECONDS + 10
 
 
 def test_redirect_hands_nothing_to_others(target: Target) -> None:
@@ -249,7 +248,7 @@ def test_what_follows_an_answer_is_not_the_answer_to_the_next_job(target: Target
     def script(connection: socket.socket) -> None:
         first = completion("first")
         connection.sendall(answer % (len(first), first) + answer % (len(smuggled), smuggled))
-        connection.settimeout(5)
+        connection.settimeout(PATIENCE_SECONDS)
         while connection.recv(65536):  # a second request, or the end
             pass
 

@@ -16,7 +16,7 @@ from tests.conftest import API_KEY
 
 Until = Callable[[Callable[[], Any]], Any]
 TOKEN = "subscription-token-7f3a"
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 60.0
 
 
 @pytest.fixture

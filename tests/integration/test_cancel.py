@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
 from attune_worker.store.keys import FleetKeys, JobKeys
 from attune_worker.worker.runner import Runner
-from tests.conftest import API_KEY, Environ, Until
+from tests.conftest import API_KEY, PATIENCE_SECONDS, Environ, Stopwatch, Until, answer_now
 
-SOON = 30.0
-LONG = 60.0
+SOON = 60.0
+LONG = PATIENCE_SECONDS
 """A provider that takes so long is not what ended the job."""
 
 MODEL = "gpt-6-luna"
@@ -96,25 +95,25 @@ def spent(fleet: Fleet) -> Decimal:
     return budget.spent_usd
 
 
-def cancel_call(fleet: Fleet, until: Until) -> JobResult:
+def cancel_call(fleet: Fleet, until: Until, stopwatch: Stopwatch) -> JobResult:
     """Cancel a job in the middle of its only call, which would take long, and return its result."""
     fleet.behave(latency=LONG)
     handle = fleet.client.submit("summarize", "a prompt", model=MODEL, metadata={"ticket": 7})
     until(lambda: fleet.under_way)
-    asked = time.monotonic()
+    asked = stopwatch.seconds
     assert handle.cancel()
     result = handle.result(SOON)
     until(lambda: not fleet.under_way)
-    assert time.monotonic() - asked < LONG / 10
+    assert stopwatch.seconds - asked < LONG / 10
     assert fleet.outcomes == ["abandoned"]
     assert handle.cancel() is True or handle.status() is JobStatus.CANCELLED
     return result
 
 
-def test_running_call_is_cut_off(fleet: Fleet, until: Until) -> None:
+def test_running_call_is_cut_off(fleet: Fleet, until: Until, stopwatch: Stopwatch) -> None:
     """The connection is closed, the slot is free, the result tells of the call, and its estimate counts as spent."""
     before = spent(fleet)
-    result = cancel_call(fleet, until)
+    result = cancel_call(fleet, until, stopwatch)
     assert (result.status, result.content, result.model_id) == (JobStatus.CANCELLED, None, MODEL)
     assert result.metadata == {"ticket": 7}
     assert result.error is not None
@@ -128,12 +127,12 @@ def test_running_call_is_cut_off(fleet: Fleet, until: Until) -> None:
 
 
 def test_running_call_of_a_process_is_cut_off(
-    make_fleet: Callable[[], Fleet], until: Until, start_worker: StartWorker
+    make_fleet: Callable[[], Fleet], until: Until, stopwatch: Stopwatch, start_worker: StartWorker
 ) -> None:
     """Each process of a pool listens for itself, and goes on with the next job."""
     fleet = make_fleet()
     worker = start_worker(fleet.environ, concurrency=1, pool="prefork")
-    assert cancel_call(fleet, until).status is JobStatus.CANCELLED
+    assert cancel_call(fleet, until, stopwatch).status is JobStatus.CANCELLED
     fleet.behave()
     assert fleet.client.submit("summarize", "the next", model=MODEL).result(SOON).succeeded
     assert "Traceback" not in worker.log.read_text()
@@ -184,7 +183,7 @@ def test_answer_that_comes_after_the_cancellation_is_dropped_and_its_cost_kept(
     simulator: Simulator, settings: Settings, redis: Redis, until: Until
 ) -> None:
     """Who cancelled a job is not handed its answer; what it cost is in the result, exactly as billed."""
-    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": 0.5})
+    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": LONG})
     with Client(settings) as client, closing(Runner(settings)) as runner:
         handle = client.submit("summarize", "?", model=MODEL)
         ends: list[JobResult] = []
@@ -192,6 +191,7 @@ def test_answer_that_comes_after_the_cancellation_is_dropped_and_its_cost_kept(
         thread.start()
         until(lambda: simulator.requests()["in_flight"])
         redis.hset(JobKeys.of(settings.namespace, handle.id).record, "cancelled_ms", 1)  # and nobody was told
+        answer_now(simulator)
         thread.join(SOON)
         result = handle.result(SOON)
     assert ends == [result]
@@ -205,13 +205,13 @@ def test_job_that_was_put_back_while_it_was_cancelled_ends_cancelled(
 ) -> None:
     """It does not go back in line."""
     settings = Settings.load(environ=make_environ(simulator, RETRY__PATIENCE_SECONDS=0))
-    errors = {"errors": {"rate_limited": 1}, "retry_after": {"seconds": LONG}}
-    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": 0.5, **errors})
+    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": LONG, "errors": {"disconnect": 1}})
     with Client(settings) as client, closing(Runner(settings)) as runner:
         handle = client.submit("summarize", "?", model=MODEL)
         thread = threading.Thread(target=runner.run, args=[handle.id])
         thread.start()
-        until(lambda: handle.status() is JobStatus.RUNNING)
+        until(lambda: simulator.requests()["in_flight"])
         redis.hset(JobKeys.of(settings.namespace, handle.id).record, "cancelled_ms", 1)
+        answer_now(simulator)
         thread.join(SOON)
         assert handle.result(SOON).status is JobStatus.CANCELLED

@@ -20,9 +20,9 @@ from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.worker.ends import Ends
-from tests.conftest import API_KEY, PATIENCE_SECONDS, Environ, Until
+from tests.conftest import API_KEY, PATIENCE_SECONDS, Environ, Until, answer_now
 
-SOON = 30.0
+SOON = 60.0
 MODEL = "gpt-6-luna"
 
 StartWorker = Callable[..., LocalWorker]
@@ -54,11 +54,12 @@ def test_answers_that_arrive_while_redis_is_away_are_not_asked_for_again(
 ) -> None:
     """All jobs succeed once it is back, each with the one call that was billed; Celery's summary is there as well."""
     worker = start_worker(environ, concurrency=30)
-    behave(simulator, latency=2.0)
+    behave(simulator, latency=PATIENCE_SECONDS)
     with Client(settings) as client:
         handles = client.submit_many([{"task_type": "summarize", "prompt": str(n), "model": MODEL} for n in range(30)])
         until(lambda: simulator.requests()["in_flight"] == 30)
         own_server.stop()
+        answer_now(simulator)
         until(lambda: simulator.invoice(summary=True)["count"] == 30)
         until(lambda: "ends of jobs are kept until Redis answers" in worker.log.read_text())
         until(lambda: worker.log.read_text().count("] ignored") == 30)  # every thread is free
@@ -70,6 +71,7 @@ def test_answers_that_arrive_while_redis_is_away_are_not_asked_for_again(
         assert {(record.attempts, record.crashes) for record in records} == {(1, 0)}
         with make_app(settings) as app:
             assert app.AsyncResult(handles[0].id).get(timeout=SOON)["status"] == "succeeded"
+        behave(simulator)
         assert client.submit("summarize", "?", model=MODEL).result(SOON).succeeded
 
 
@@ -83,11 +85,12 @@ def test_worker_that_ends_writes_what_it_keeps(
 ) -> None:
     """Redis has a few seconds to come back, as for settlements."""
     worker = start_worker(environ, concurrency=2)
-    behave(simulator, latency=1.0)
+    behave(simulator, latency=PATIENCE_SECONDS)
     with Client(settings) as client:
         handles = client.submit_many([{"task_type": "summarize", "prompt": str(n), "model": MODEL} for n in range(2)])
         until(lambda: simulator.requests()["in_flight"] == 2)
         own_server.stop()
+        answer_now(simulator)
         until(lambda: worker.log.read_text().count("] ignored") == 2)
         worker.terminate()
         until(lambda: "Warm shutdown" in worker.log.read_text())

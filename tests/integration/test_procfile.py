@@ -67,7 +67,7 @@ def procfile(stack: Stack, port: int) -> Iterator[tuple[subprocess.Popen[bytes],
 def status_of(url: str, login: tuple[str, str] | None) -> int | None:
     """Return the HTTP status, None while nobody listens."""
     try:
-        return httpx.get(url, auth=login).status_code
+        return httpx.get(url, auth=login, timeout=PATIENCE_SECONDS).status_code
     except httpx.TransportError:
         return None
 
@@ -87,7 +87,10 @@ def test_the_procfile_runs_jobs_and_flower_shows_their_summaries_to_those_with_t
         result, task = eventually(lambda: a_job_that_flower_has_seen(client, url), "Flower shows an ended job")
         assert result.content == answer(result.model_id, "", [("user", PROMPT)]).text
         assert task["result"] == repr(Summary(result))
-        pages = [httpx.get(f"{url}{page}", auth=LOGIN) for page in ("/api/tasks", f"/task/{task['uuid']}")]
+        pages = [
+            httpx.get(f"{url}{page}", auth=LOGIN, timeout=PATIENCE_SECONDS)
+            for page in ("/api/tasks", f"/task/{task['uuid']}")
+        ]
         assert all(page.status_code == 200 and task["uuid"] in page.text for page in pages)
         for words in (PROMPT, result.content, result.content[-20:]):
             assert all(words not in text for text in (*(page.text for page in pages), log.read_text()))
@@ -102,7 +105,7 @@ def test_the_procfile_runs_jobs_and_flower_shows_their_summaries_to_those_with_t
 def a_job_that_flower_has_seen(client: Client, url: str) -> tuple[JobResult, dict[str, Any]] | None:
     """Run one more job; Flower switches task events on some seconds after its start, and sees those that follow."""
     client.submit("summarize", PROMPT).result(PATIENCE_SECONDS)
-    tasks: dict[str, dict[str, Any]] = httpx.get(f"{url}/api/tasks", auth=LOGIN).json()
+    tasks: dict[str, dict[str, Any]] = httpx.get(f"{url}/api/tasks", auth=LOGIN, timeout=PATIENCE_SECONDS).json()
     ended = [task for task in tasks.values() if task["state"] == "SUCCESS" and task["result"]]
     return (client.result(ended[0]["uuid"], 0), ended[0]) if ended else None
 

@@ -23,10 +23,10 @@ from attune_worker.store.keys import FleetKeys
 from attune_worker.worker.lifecycle import close_runner, runner_of
 from attune_worker.worker.runner import SHUT_DOWN, Runner
 from attune_worker.worker.shutdown import Shutdown
-from tests.conftest import API_KEY, Environ, Until
+from tests.conftest import API_KEY, PATIENCE_SECONDS, Environ, Until, answer_now
 
-SOON = 30.0
-LONG = 60.0
+SOON = 60.0
+LONG = PATIENCE_SECONDS
 """A provider that takes so long, and a grace time that is not awaited."""
 
 MODEL = "gpt-6-luna"
@@ -108,11 +108,14 @@ def test_what_ends_within_the_grace_time_is_not_called_twice(
     """The calls that were paid for are awaited, and their jobs are the worker's last."""
     environ, client = make_fleet(grace_seconds=LONG)
     worker = start_worker(environ, concurrency=5)
-    behave(simulator, latency=1.5)
+    behave(simulator, latency=LONG)
     running = submit(client, 5)
     until(lambda: under_way(simulator) == 5)
     waiting = submit(client, 3)
     send(worker, signal.SIGTERM)
+    until(lambda: "Warm shutdown" in worker.log.read_text())
+    behave(simulator)
+    answer_now(simulator)
     assert_ended_well(worker, redis, client)
     assert [handle.status() for handle in running] == [JobStatus.SUCCEEDED] * 5
     assert [handle.status() for handle in waiting] == [JobStatus.QUEUED] * 3
@@ -243,7 +246,7 @@ def test_job_whose_lease_was_lost_begins_nothing_more(
     make_fleet: Any, simulator: Simulator, redis: Redis, until: Until
 ) -> None:
     """Others have it, or will: it does not ask for leave again and again until its time is up."""
-    _, client = make_fleet(grace_seconds=LONG, RETRY__PATIENCE_SECONDS=LONG, RECOVERY__LEASE_SECONDS=1)
+    _, client = make_fleet(grace_seconds=LONG, RETRY__PATIENCE_SECONDS=LONG, RECOVERY__LEASE_SECONDS=4)
     behave(simulator, errors={"rate_limited": 1}, retry_after={"seconds": LONG / 2})
     [handle] = submit(client, 1)
     runner = Runner(client.settings)

@@ -22,9 +22,9 @@ from attune_worker.worker.ends import Ends
 from attune_worker.worker.liveness import Lease
 from attune_worker.worker.runner import Runner
 from attune_worker.worker.starts import STRAY, Starts
-from tests.conftest import API_KEY, Environ, Until
+from tests.conftest import API_KEY, PATIENCE_SECONDS, Environ, Until, answer_now
 
-SOON = 30.0
+SOON = 60.0
 STRAY_SECONDS = 0.2
 
 
@@ -68,16 +68,17 @@ def test_job_that_its_worker_does_not_run_is_handed_back_and_succeeds(
 
 def test_job_that_runs_here_is_left_alone(runner: Runner, records: Records, simulator: Simulator, until: Until) -> None:
     """Though a call takes many looks."""
-    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": 5.0})
+    simulator.profile = Profile.parse({"api_keys": [API_KEY], "latency": PATIENCE_SECONDS})
     job_id = accepted(records)
     thread = threading.Thread(target=runner.run, args=[job_id])
     thread.start()
-    until(lambda: records.read([job_id])[0].status is JobStatus.RUNNING)
+    until(lambda: simulator.requests()["in_flight"])
     lease = records.read([job_id])[0].worker
     assert lease is not None
     stray = claimed(records, lease)
     until(lambda: records.read([stray])[0].status is JobStatus.WAITING)
     assert records.read([job_id])[0].status is JobStatus.RUNNING
+    answer_now(simulator)
     thread.join(SOON)
     record = records.read([job_id])[0]
     assert (record.status, record.attempts) == (JobStatus.SUCCEEDED, 1)

@@ -101,7 +101,6 @@ def start(make_environ: Any, start_worker: Callable[..., LocalWorker]) -> Iterat
             simulator,
             PROVIDERS__ANTHROPIC__CREDENTIALS=json.dumps(credentials or [subscription("team", TEAM)]),
             RETRY__PATIENCE_SECONDS=0.05,
-            RECOVERY__LEASE_SECONDS=2,
             **environ,
         )
         settings = Settings.load(environ=found)
@@ -202,9 +201,9 @@ def test_call_of_a_killed_worker_holds_the_quota_no_longer_than_its_worker_is_mi
     start: Start, until: Until
 ) -> None:
     """It counts as used, so that the fleet goes not over; the job is answered by the other worker."""
-    fleet = start(window(0.5))
+    fleet = start(window(0.5), RECOVERY__LEASE_SECONDS=2)
     fleet.submit(1)[0].result(SOON)
-    fleet.change(latency={"kind": "fixed", "seconds": 20})
+    fleet.change(latency={"kind": "fixed", "seconds": SOON})
     [handle] = fleet.submit(1)
     until(lambda: fleet.simulator.requests()["in_flight"] == 1)
     held = fleet.status()

@@ -35,7 +35,7 @@ from attune_worker.settings import Settings
 from attune_worker.simulator import Profile, Simulator
 from attune_worker.store.keys import FleetKeys
 from attune_worker.telemetry.views import StageView
-from tests.conftest import API_KEY, process_environ
+from tests.conftest import API_KEY, PATIENCE_SECONDS, answer_now, process_environ
 
 Until = Callable[[Callable[[], Any]], Any]
 LUNA = Job.parse({"task_type": "summarize", "prompt": "a prompt", "model": "gpt-6-luna", "max_tokens": 50})
@@ -178,15 +178,18 @@ def test_tokens_that_were_not_used_come_back(
 
 
 def test_no_more_calls_in_flight_than_slots(
-    make_executor: Callable[..., EmpathyLLMExecutor], settings: Settings, simulator: Simulator
+    make_executor: Callable[..., EmpathyLLMExecutor], settings: Settings, simulator: Simulator, until: Until
 ) -> None:
     """Counted by the provider; who finds none free waits, and is served."""
-    behave(simulator, latency=0.1)
+    behave(simulator, latency=PATIENCE_SECONDS)
     crowd = [make_executor(providers=limited(settings, concurrency=3)) for _ in range(2)]
     with ThreadPoolExecutor(9) as threads:
-        ends = list(threads.map(lambda n: outcome_of(lambda: crowd[n % 2].execute(LUNA)), range(9)))
-    assert ends == ["succeeded"] * 9
-    assert 1 < simulator.requests()["max_in_flight"] <= 3
+        ends = threads.map(lambda n: outcome_of(lambda: crowd[n % 2].execute(LUNA)), range(9))
+        until(lambda: simulator.requests()["in_flight"] == 3)
+        behave(simulator, latency=0.1)
+        answer_now(simulator)
+    assert list(ends) == ["succeeded"] * 9
+    assert simulator.requests()["max_in_flight"] == 3
     assert Limits(settings).status()["openai"].in_flight == 0
 
 
@@ -199,7 +202,7 @@ def test_one_cooldown_for_the_fleet(make_executor: Callable[..., EmpathyLLMExecu
     with pytest.raises(NotNowError, match="openai/gpt-6-luna: its provider asked to be left alone") as caught:
         second.execute(LUNA, patience_seconds=1)
     assert caught.value.retry_after is not None
-    assert 50 < caught.value.retry_after <= 60
+    assert 30 < caught.value.retry_after <= 60
     assert second.run("summarize", "?", provider_hint="openai").provider == "anthropic"
     assert seen(simulator) == [429, 200]
 
@@ -272,7 +275,7 @@ class Child:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(PATIENCE_SECONDS)
         self.process.stdout.close()
 
 
@@ -296,6 +299,7 @@ def test_processes_share_one_circuit(
     redis: Redis,
     start_child: Callable[[dict[str, str]], Child],
     make_executor: Callable[..., EmpathyLLMExecutor],
+    until: Until,
 ) -> None:
     """Five failures of the fleet and nobody calls; when its time is up exactly one probe does, and all go on."""
     behave(simulator, errors={"overloaded": 1})
@@ -314,13 +318,18 @@ def test_processes_share_one_circuit(
         executor.execute(LUNA, patience_seconds=0)
     assert len(seen(simulator)) == 5
 
-    behave(simulator, latency=2.0)
+    behave(simulator, latency=PATIENCE_SECONDS)
     redis.hset(FleetKeys(settings.namespace).circuit("openai", "cheap"), "retry_ms", redis.time()[0] * 1000)
     for child in children:
         child.ask()
-    with ThreadPoolExecutor(20) as threads:
-        ends = list(threads.map(lambda _: outcome_of(lambda: executor.execute(LUNA, patience_seconds=0)), range(20)))
-    ends += [child.hear() for child in children]
+    ends: list[str] = []
+    with ThreadPoolExecutor(22) as threads:
+        for child in children:
+            threads.submit(lambda child=child: ends.append(child.hear()))
+        for _ in range(20):
+            threads.submit(lambda: ends.append(outcome_of(lambda: executor.execute(LUNA, patience_seconds=0))))
+        until(lambda: len(ends) == 21)  # while the one call that was begun is under way
+        answer_now(simulator)
     assert (ends.count("succeeded"), ends.count("not_now")) == (1, 21)
     assert len(seen(simulator)) == 6
     behave(simulator)
@@ -350,7 +359,7 @@ def test_slot_of_a_killed_process_heals(
     """It is held until the call could not be running any more, and free after that without anybody's doing."""
     behave(simulator, errors={"hang": 1})
     child = start_child(
-        {**environ, "ATTUNE_PROVIDERS__OPENAI__CONCURRENCY": "1", "ATTUNE_HTTP__REQUEST_TIMEOUT_SECONDS": "20"}
+        {**environ, "ATTUNE_PROVIDERS__OPENAI__CONCURRENCY": "1", "ATTUNE_HTTP__REQUEST_TIMEOUT_SECONDS": "40"}
     )
     assert child.hear() == "ready"
     child.ask()
@@ -363,7 +372,7 @@ def test_slot_of_a_killed_process_heals(
         executor.execute(LUNA, patience_seconds=0)
     slots = FleetKeys(settings.namespace).slots("openai")
     [(call, ends_ms)] = redis.zrange(slots, 0, -1, withscores=True)
-    assert 20_000 < ends_ms - redis.time()[0] * 1000 < 52_000
+    assert 20_000 < ends_ms - redis.time()[0] * 1000 < 72_000
     redis.zadd(slots, {call: redis.time()[0] * 1000 - 1})  # that much later
     assert outcome_of(lambda: executor.execute(LUNA, patience_seconds=0)) == "succeeded"
 
@@ -517,7 +526,7 @@ def test_program_that_never_heard_redis_clock_counts_for_today(
     """Days off by its own clock, and its first call made while Redis was away: sums, ledger and budgets have it now."""
     budgets = [{"per": "day", "limit_usd": "9", "hard": False}]
     child = process_environ({**environ, "ATTUNE_BUDGETS": json.dumps(budgets)})
-    subprocess.run([sys.executable, "-c", DAYS_OFF, days, settled], env=child, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", DAYS_OFF, days, settled], env=child, check=True, timeout=2 * PATIENCE_SECONDS)
     budgeted = Settings.model_validate({**settings.model_dump(), "budgets": budgets})
     [budget] = Budgets(budgeted, redis).status()
     [record] = Ledger(settings, redis).records()
@@ -560,12 +569,12 @@ def test_clocks_of_workers_decide_nothing(
         subprocess.Popen([sys.executable, "-c", SKEWED, hours], env=process_environ(environ), stdout=subprocess.PIPE)
         for hours in ("-1", "1")
     ]
-    said = b"".join(process.communicate(timeout=30)[0] for process in processes)
+    said = b"".join(process.communicate(timeout=PATIENCE_SECONDS)[0] for process in processes)
     assert said.count(b"refused") <= 1
     circuit = redis.hgetall(FleetKeys(settings.namespace).circuit("openai", "cheap"))
     assert circuit[b"state"] == b"open"
-    assert 50_000 < int(circuit[b"retry_ms"]) - redis.time()[0] * 1000 < 62_000
+    assert 30_000 < int(circuit[b"retry_ms"]) - redis.time()[0] * 1000 < 62_000
     with pytest.raises(NotNowError, match="its circuit is open") as caught:
         make_executor().execute(LUNA, patience_seconds=0)
     assert caught.value.retry_after is not None
-    assert 50 < caught.value.retry_after <= 60
+    assert 30 < caught.value.retry_after <= 60

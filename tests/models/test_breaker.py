@@ -25,10 +25,20 @@ from attune_worker.models.breaker import CircuitBreaker
 from attune_worker.settings import Settings
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.store.keys import FleetKeys
-from tests.conftest import Until, process_environ
+from tests.conftest import Until, longer_and_longer, process_environ
 
 TIER = ("anthropic", "capable")
 RECOVERY_SECONDS = 0.2
+
+
+def refused_after(act: Callable[[float], object], ask: Callable[[], bool]) -> None:
+    """Have something be forbidden for a time that is not over when we ask."""
+    for seconds in longer_and_longer(RECOVERY_SECONDS):
+        act(seconds)
+        if not ask():
+            return
+    pytest.fail("it was not refused")
+
 
 Make = Callable[..., CircuitBreaker]
 
@@ -168,16 +178,21 @@ class TestFleet:
         """Its process is gone without a word; after its lease another worker probes, and nobody resets anything."""
         breaker = make(recovery_seconds=0.001, lease_seconds=60)
         opened(breaker)
-        program = (
-            "import time\nbreaker = CircuitBreaker(lease_seconds=3)\n"
-            "while not breaker.is_available('anthropic', 'capable'):\n    time.sleep(0.01)\n"
-            "print('probing', flush=True)\ninput()\n"
-        )
-        with process(program, environ) as prober:
-            assert prober.stdout is not None
-            assert prober.stdout.readline() == "probing\n"
-            assert not breaker.is_available(*TIER)
-            prober.send_signal(signal.SIGKILL)
+        for lease_seconds in longer_and_longer(3):
+            program = (
+                f"import time\nbreaker = CircuitBreaker(lease_seconds={lease_seconds})\n"
+                "while not breaker.is_available('anthropic', 'capable'):\n    time.sleep(0.01)\n"
+                "print('probing', flush=True)\ninput()\n"
+            )
+            with process(program, environ) as prober:
+                assert prober.stdout is not None
+                assert prober.stdout.readline() == "probing\n"
+                refused = not breaker.is_available(*TIER)
+                prober.send_signal(signal.SIGKILL)
+            if refused:
+                break
+            breaker.release(*TIER)  # the lease was over before we asked
+        assert refused
         until(lambda: breaker.is_available(*TIER))
         breaker.record_success(*TIER)
         assert status(breaker)["state"] == "closed"
@@ -329,8 +344,10 @@ class TestOperators:
     def test_trip_for_a_time_is_followed_by_a_probe(self, make: Make, until: Until) -> None:
         """One call of any tier finds out for the whole provider, and its result counts for both circuits."""
         first, second = make(), make()
-        first.trip("anthropic", seconds=RECOVERY_SECONDS, reason="trial", by="ada")
-        assert not first.is_available(*TIER)
+        refused_after(
+            lambda seconds: first.trip("anthropic", seconds=seconds, reason="trial", by="ada"),
+            lambda: first.is_available(*TIER),
+        )
         until(lambda: first.is_available(*TIER))
         assert not second.is_available("anthropic", "cheap")
         first.record_success(*TIER)
@@ -357,8 +374,9 @@ class TestOperators:
 
     def test_override_for_a_time_ends_by_itself(self, breaker: CircuitBreaker, until: Until) -> None:
         """Nobody has to remember to lift it."""
-        breaker.override(*TIER, "open", seconds=RECOVERY_SECONDS)
-        assert not breaker.is_available(*TIER)
+        refused_after(
+            lambda seconds: breaker.override(*TIER, "open", seconds=seconds), lambda: breaker.is_available(*TIER)
+        )
         until(lambda: breaker.is_available(*TIER))
         assert status(breaker)["forced"] is None
 

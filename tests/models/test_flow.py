@@ -51,8 +51,8 @@ ANSWER = HttpResponse(
 )
 OVERLOADED = HttpResponse(529, {}, b"{}")
 RATE_LIMITED = HttpResponse(429, {}, b"{}")
-SHORT = 1.5
-"""Seconds; longer than a flow takes between two effects."""
+SHORT = 20.0
+"""Seconds; they are over when ``later`` says so."""
 
 FAILED = Attempt(
     model_id="claude-haiku-5-5",
@@ -125,6 +125,18 @@ def make_lab(settings: Settings) -> Iterator[Callable[..., Lab]]:
     yield make
     for lab in labs:
         lab.router.close()
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function after which it is so many seconds later, by the clock that flows go by."""
+    real, ahead = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead[0])
+
+    def pass_time(seconds: float) -> None:
+        ahead[0] += seconds
+
+    return pass_time
 
 
 @pytest.fixture
@@ -407,26 +419,26 @@ def test_time_that_is_up_asks_for_nothing(lab: Lab) -> None:
     ],
 )
 def test_wait_that_took_longer_than_the_start_ends_a_worker_s_job_only_at_its_deadline(
-    make_lab: Callable[..., Lab], until: Any, start: dict[str, Any], kind: type[ExecutionError]
+    make_lab: Callable[..., Lab], later: Callable[[float], None], start: dict[str, Any], kind: type[ExecutionError]
 ) -> None:
     """It is put back with the reason; a program that waits for the answer itself has no other start."""
     flow = make_lab(timeout_seconds=SHORT).flow(**start)
     permit(flow.send(None))
     assert flow.refused(Refusal("everybody is busy", 0.01)) == Wait(0.01)
-    began = time.monotonic()
-    until(lambda: time.monotonic() > began + SHORT)
+    later(SHORT)
     error = error_of(flow, None)
     assert type(error) is kind
     assert kind is DeadlineExceededError or error.message == "everybody is busy"
 
 
 @pytest.mark.parametrize("reply", [RATE_LIMITED, ProviderTimeoutError("no answer")])
-def test_call_that_took_up_the_start_ends_the_job(make_lab: Callable[..., Lab], until: Any, reply: Reply) -> None:
+def test_call_that_took_up_the_start_ends_the_job(
+    make_lab: Callable[..., Lab], later: Callable[[float], None], reply: Reply
+) -> None:
     """Also a worker's, whether another model or the same one, a while later, would be next."""
     flow = make_lab(timeout_seconds=SHORT).flow(patience_seconds=30.0)
     flow.send(permit(flow.send(None)))
-    began = time.monotonic()
-    until(lambda: time.monotonic() > began + SHORT)
+    later(SHORT)
     assert isinstance(flow.send(reply), Settle)
     error = error_of(flow, None)
     assert isinstance(error, DeadlineExceededError)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from attune_worker.simulator import Profile, Simulator
+from tests.conftest import PATIENCE_SECONDS
 
 ANTHROPIC_HEADERS = {"x-api-key": "key", "anthropic-version": "2023-06-01"}
 OPENAI_HEADERS = {"authorization": "Bearer key"}
@@ -77,7 +78,8 @@ def simulate() -> Iterator[Callable[..., Caller]]:
 
         def start(**profile: Any) -> Caller:
             simulator = stack.enter_context(Simulator(Profile.parse(profile)))
-            http = stack.enter_context(httpx.Client(base_url=simulator.url, trust_env=False))
+            client = httpx.Client(base_url=simulator.url, trust_env=False, timeout=PATIENCE_SECONDS)
+            http = stack.enter_context(client)
             return Caller(simulator, http)
 
         yield start

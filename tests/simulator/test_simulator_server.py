@@ -8,6 +8,8 @@ import sys
 import httpx
 import pytest
 
+from tests.conftest import PATIENCE_SECONDS
+
 SERVE = "from attune_worker.simulator import serve; serve()"
 
 
@@ -49,7 +51,7 @@ def test_callers_wait_side_by_side(simulate):
                 task.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
 
-    asyncio.run(asyncio.wait_for(ask_all(), timeout=30))
+    asyncio.run(asyncio.wait_for(ask_all(), timeout=PATIENCE_SECONDS))
     assert caller.simulator.requests(last=0)["max_in_flight"] == 20
 
 
@@ -86,7 +88,7 @@ def test_the_process_says_where_it_listens_and_stops_on_a_signal(number):
     with subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True) as process:
         try:
             url = process.stdout.readline().strip()
-            assert httpx.get(f"{url}/_sim/health", trust_env=False).json()["status"] == "ok"
+            assert httpx.get(f"{url}/_sim/health", trust_env=False, timeout=PATIENCE_SECONDS).json()["status"] == "ok"
         finally:
             process.send_signal(number)
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=PATIENCE_SECONDS) == 0

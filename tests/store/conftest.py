@@ -13,6 +13,7 @@ from attune_worker.simulator import Simulator
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.store.keys import JobKeys
 from tests.cluster import LocalCluster, local_cluster
+from tests.conftest import PATIENCE_SECONDS
 
 
 @pytest.fixture(scope="session")
@@ -62,13 +63,13 @@ def heard(settings: Settings, redis: Redis) -> Iterator[Callable[[], list[bytes]
     """Listen on a channel, the namespace, and return a function that reads what was said there so far."""
     with redis.pubsub(ignore_subscribe_messages=True) as listener:
         listener.subscribe(settings.namespace)
-        assert listener.get_message(timeout=5) is None
+        assert listener.get_message(timeout=PATIENCE_SECONDS) is None
 
         def read() -> list[bytes]:
             redis.publish(settings.namespace, "end of what was said")
             messages: list[bytes] = []
             while b"end of what was said" not in messages:
-                if message := listener.get_message(timeout=5):
+                if message := listener.get_message(timeout=PATIENCE_SECONDS):
                     messages.append(message["data"])
             return messages[:-1]
 

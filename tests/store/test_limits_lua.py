@@ -567,7 +567,7 @@ def in_threads() -> Callable[..., list[Any]]:
         start = threading.Barrier(50)
 
         def one(number: int) -> Any:
-            start.wait(30)
+            start.wait(60)
             return call(number)
 
         with ThreadPoolExecutor(50) as pool:

@@ -30,7 +30,7 @@ def own_server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
 
 def settings_for(url: str, celery_url: str | None = None) -> Settings:
     celery = {"ATTUNE_BROKER_URL": celery_url, "ATTUNE_RESULT_BACKEND": celery_url} if celery_url else {}
-    return Settings.load(environ={"ATTUNE_REDIS_URL": url, "ATTUNE_REDIS_TIMEOUT_SECONDS": "2", **celery})
+    return Settings.load(environ={"ATTUNE_REDIS_URL": url, "ATTUNE_REDIS_TIMEOUT_SECONDS": "20", **celery})
 
 
 class Crowd:

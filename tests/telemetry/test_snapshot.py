@@ -96,7 +96,7 @@ assert snapshot.view("w", "s").stage.seen == 0
 child = os.fork()
 if child == 0:
     connect(settings).hset(key, "n", 1)
-gives_up = time.monotonic() + 20
+gives_up = time.monotonic() + 60
 while snapshot.view("w", "s").stage.seen == 0 and time.monotonic() < gives_up:
     time.sleep(0.01)
 if child == 0:
@@ -117,7 +117,7 @@ def test_a_forked_process_learns_on(environ):
         env=process_environ(environ),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from queue import Empty
 from socket import socket
 from typing import Any
@@ -92,7 +92,8 @@ def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Re
     def connected(connection: Any) -> None:
         sockets[id(connection)] = connection._sock  # noqa: SLF001 - no public name
 
-    with reaching(settings):
+    with reaching(settings), ExitStack() as refused:
+        refused.callback(_close_all, sockets)
         cluster = Cluster(
             url=node_urls(url)[0],
             startup_nodes=nodes[1:],
@@ -101,6 +102,7 @@ def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Re
             redis_connect_func=connected,
             **options,
         )
+        refused.pop_all()
     weakref.finalize(cluster, _close_all, sockets).atexit = False
     return cluster
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from celery.backends.redis import RedisBackend
@@ -23,3 +24,9 @@ class SharedRedisBackend(RedisBackend):  # type: ignore[misc]  # celery has no t
     def get(self, key: Any) -> Any:
         """Read a key, again if the connection breaks, as Celery's own ``set`` does."""
         return self.ensure(super().get, (key,))
+
+    def _create_client(self, **params: Any) -> Any:
+        """Make a client whose connections are closed when it is dropped with its app, and not some time later."""
+        client = super()._create_client(**params)
+        weakref.finalize(client, client.connection_pool.disconnect).atexit = False
+        return client

@@ -31,8 +31,10 @@ print(before < 10, mapped(LARGE_BYTES + 1, 300) > 180, mapped(LARGE_BYTES // 2, 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such parameter")
 def test_large_buffers_have_pages_of_their_own():
-    """Before, they were taken from the heap; small ones still are. (A heap that has room
-    for one gives it that: the first hundred may have left some.)"""
+    """Before, they were taken from the heap; small ones still are.
+
+    A heap that has room for one gives it that, and the first hundred may have left some: so then come more.
+    """
     ran = subprocess.run(
         [sys.executable, "-c", IN_PAGES_OF_ITS_OWN], check=False, capture_output=True, text=True, timeout=60
     )

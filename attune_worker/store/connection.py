@@ -76,23 +76,32 @@ def connect(settings: Settings, *, max_connections: int = MAX_CONNECTIONS) -> Re
     }
     try:
         if not is_cluster(url):
-            pool = BlockingConnectionPool.from_url(url, health_check_interval=25, **options)
-            client = Redis.from_pool(pool)
-            # It closes them itself in its finalizer, which in a cycle may come after those of the sockets.
-            weakref.finalize(client, pool.disconnect).atexit = False
-            return client
+            return _server(url, options)
         nodes = _nodes(url)
     except ValueError:  # its words may quote the password
         raise ConfigurationError(
             "redis_url: it should be like redis://:password@host:6379/0, rediss://…, or, for a cluster, "
             "redis+cluster://:password@host:6379,host:6379, with special characters in the password percent-encoded"
         ) from None
+    with reaching(settings):
+        return _cluster(url, nodes, options)
+
+
+def _server(url: str, options: dict[str, Any]) -> Redis:
+    pool = BlockingConnectionPool.from_url(url, health_check_interval=25, **options)
+    client = Redis.from_pool(pool)
+    # It closes them itself in its finalizer, which in a cycle may come after those of the sockets.
+    weakref.finalize(client, pool.disconnect).atexit = False
+    return client
+
+
+def _cluster(url: str, nodes: list[ClusterNode], options: dict[str, Any]) -> Cluster:
     sockets: dict[int, socket] = {}  # by connection; those of a cluster's nodes refer to its client, a cycle
 
     def connected(connection: Any) -> None:
-        sockets[id(connection)] = connection._sock  # noqa: SLF001 - no public name
+        sockets[id(connection)] = connection._sock  # noqa: SLF001  # it has no public name
 
-    with reaching(settings), ExitStack() as refused:
+    with ExitStack() as refused:
         refused.callback(_close_all, sockets)
         cluster = Cluster(
             url=node_urls(url)[0],

@@ -82,6 +82,7 @@ def test_job_whose_circuit_is_open_waits_and_then_probes(fleet: Fleet, until: An
         seen = until(lambda job=waiting: {job.status()} & {JobStatus.WAITING, JobStatus.SUCCEEDED})
         if seen == {JobStatus.WAITING}:  # not when the time was over before the job's turn
             break
+    assert seen == {JobStatus.WAITING}
     assert fleet.submit(HAIKU).result(SOON).succeeded
     result = waiting.result(SOON)
     assert result.succeeded

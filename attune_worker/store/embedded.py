@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from random import SystemRandom
 from types import TracebackType
 from typing import Self
 
@@ -31,6 +32,9 @@ from attune_worker.errors import ServiceUnavailableError
 
 START_SECONDS = 15.0
 STOP_SECONDS = 15.0
+
+_PORTS = range(10_000, 32_768)
+"""Below those that Linux and macOS give to outgoing connections."""
 
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
@@ -86,7 +90,7 @@ class EmbeddedRedis:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         for attempt in range(3):  # the port is free when we look, and may be taken when the server asks for it
-            port = self.port or _free_port()
+            port = self.port or free_port()
             self._process = self._spawn(server, port)
             if self._answers(port):
                 self.url = f"redis://:{self._password}@127.0.0.1:{port}/0"
@@ -162,8 +166,17 @@ def end_with_owner(how: signal.Signals = signal.SIGTERM) -> Callable[[], None] |
     return lambda: prctl(_PR_SET_PDEATHSIG, how)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """Return a port on loopback that nobody listens on; raises ``ServiceUnavailableError`` if none is found.
+
+    It is none that the kernel gives to outgoing connections (from 32768 on Linux, from 49152 on macOS): one of those
+    could take it between this look and the server's start, or while the server is away.
+    """
+    for port in SystemRandom().sample(_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ServiceUnavailableError(f"no free port on 127.0.0.1 between {_PORTS.start} and {_PORTS.stop - 1}")

@@ -1,12 +1,12 @@
 import os
 import signal
-import socket
 import subprocess
 import sys
 
 import httpx
 import pytest
 
+from attune_worker.store.embedded import free_port
 from tests.conftest import PATIENCE_SECONDS
 
 PASSWORD = "admin:a-long-password"
@@ -38,8 +38,7 @@ def answered(url, **options):
 
 def test_dashboard_is_flower_on_loopback_behind_a_password(dashboard, until):
     """Without it, or with a wrong one, nothing is shown; SIGTERM ends it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = dashboard(port, FLOWER_BASIC_AUTH=PASSWORD)
     url = f"http://127.0.0.1:{port}/workers"
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -84,14 +83,6 @@ def running_stack(folder: Path) -> Iterator[Stack]:
             "ATTUNE_PROVIDERS__ANTHROPIC__BASE_URL": simulator.url,
         }
         yield Stack(folder, environ, simulator)
-
-
-def free_port() -> int:
-    """Return a port on loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def eventually(look: Callable[[], T | None], what: str, within_seconds: float = PATIENCE_SECONDS) -> T:

@@ -17,8 +17,9 @@ from attune_worker import Settings
 from attune_worker.models.price_list import get_pricing
 from attune_worker.models.registry import Registry
 from attune_worker.simulator import FixedLatency, Profile, answer
+from attune_worker.store.embedded import free_port
 from tests.conftest import answer_now
-from tests.examples.stack import EXAMPLES, PATIENCE_SECONDS, ROOT, Stack, eventually, free_port, running_stack
+from tests.examples.stack import EXAMPLES, PATIENCE_SECONDS, ROOT, Stack, eventually, running_stack
 
 SYSTEM = "Summarize the text in two sentences."
 

@@ -15,8 +15,9 @@ import pytest
 
 from attune_worker import Client, JobResult, Settings
 from attune_worker.simulator import answer
+from attune_worker.store.embedded import free_port
 from attune_worker.worker.summary import Summary
-from tests.examples.stack import PATIENCE_SECONDS, ROOT, Stack, eventually, free_port, running_stack
+from tests.examples.stack import PATIENCE_SECONDS, ROOT, Stack, eventually, running_stack
 
 PASSWORD = "not-for-production"
 LOGIN = ("admin", PASSWORD)

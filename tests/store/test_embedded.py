@@ -1,8 +1,10 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from redis.exceptions import AuthenticationError
 from redis.retry import Retry
 
 from attune_worker.errors import ServiceUnavailableError
-from attune_worker.store.embedded import EmbeddedRedis
+from attune_worker.store.embedded import EmbeddedRedis, free_port
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -51,6 +53,24 @@ def test_same_port_after_a_restart(tmp_path: Path) -> None:
         url = server.url
     with server, Redis.from_url(url) as redis:
         assert redis.ping()
+
+
+def test_a_free_port_is_not_one_that_outgoing_connections_get() -> None:
+    """Else one of them may have it when the server starts, or starts again."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as outgoing:
+        lowest = min(port for _, port in (server.getsockname(), outgoing.getsockname()))
+    ports = {free_port() for _ in range(200)}
+    assert len(ports) > 100
+    assert max(ports) < lowest
+
+
+def test_a_free_port_is_one_that_nobody_has() -> None:
+    """Of 500 that are held, one would be hit a dozen times in 500 draws."""
+    with ExitStack() as stack:
+        held = {free_port() for _ in range(500)}
+        for port in held:
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        assert not held & {free_port() for _ in range(500)}
 
 
 def test_password_is_required(tmp_path: Path) -> None:

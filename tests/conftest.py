@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
@@ -44,6 +46,19 @@ hypothesis_settings.load_profile("untimed")  # an example that takes long is no 
 
 Until = Callable[[Callable[[], Any]], Any]
 Environ = Callable[..., dict[str, str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_processes() -> Iterator[None]:
+    """Let Ctrl-C reach what tests start, and end what a test that failed has left running.
+
+    A script's background job, and all that it starts, ignores Ctrl-C unless told otherwise.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)

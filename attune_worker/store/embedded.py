@@ -140,18 +140,15 @@ class EmbeddedRedis:
         return process
 
     def _answers(self, port: int) -> bool:
-        redis = Redis(port=port, password=self._password, retry=Retry(NoBackoff(), 0), socket_timeout=1)
         ends = time.monotonic() + START_SECONDS
-        while time.monotonic() < ends and self._process is not None and self._process.poll() is None:
-            try:
-                redis.ping()
-            except exceptions.ConnectionError:
-                time.sleep(0.02)
-            except exceptions.RedisError:
-                return False
-            else:
-                redis.close()
-                return True
+        with Redis(port=port, password=self._password, retry=Retry(NoBackoff(), 0), socket_timeout=1) as redis:
+            while time.monotonic() < ends and self._process is not None and self._process.poll() is None:
+                try:
+                    return bool(redis.ping())
+                except exceptions.ConnectionError:
+                    time.sleep(0.02)
+                except exceptions.RedisError:
+                    return False
         return False
 
 

@@ -182,6 +182,24 @@ def test_refused_key_is_tried_again_by_one_call_and_comes_back(
     assert len(simulator.requests()["requests"]) == 2
 
 
+def test_a_job_is_answered_as_long_as_one_key_is_accepted(
+    make_settings: Callable[..., Settings], make_executor: Callable[..., EmpathyLLMExecutor], simulator: Simulator
+) -> None:
+    """Calls by keys that are refused count as none of ``max_attempts``, and cost nothing."""
+    bad = [{"name": f"bad-{number}", "secret": f"sk-test-bad-{number}"} for number in range(5)]
+    settings = make_settings(*bad, {"name": "good", "secret": SECOND}, retry={"max_attempts": 1})
+    accept(simulator, SECOND)
+    executor, credentials = make_executor(settings), Credentials(settings)
+    met = set()
+    for _ in range(20):
+        *refused, last = executor.execute(JOB).attempts
+        assert (last.credential, last.outcome) == ("good", "succeeded")
+        assert all((one.error_type, one.cost_usd) == ("credential", 0) for one in refused)
+        met.add(len(refused))
+        credentials.reset("anthropic")
+    assert max(met) > 1
+
+
 def test_reset_has_a_key_tried_again_at_once(
     two_keys: Settings, make_executor: Callable[..., EmpathyLLMExecutor], simulator: Simulator
 ) -> None:

@@ -64,14 +64,15 @@ def next_call(
     and a wait that would outlast ``remaining_seconds`` is never begun. How often a job's worker may end in the middle
     of it is not decided here.
 
-    A credential that its provider does not accept is out for all its models, and a model is once it has no other; a
-    credential that is rate limited is so by itself. Without ``ways`` there is only the default one.
+    A credential that its provider does not accept is out for all its models, and a model is once it has no other: a
+    call by it counts as no try. A credential that is rate limited is so by itself. Without ``ways`` there is only the
+    default one.
     """
     failures = [failure for failure in failures if not failure.interrupted]
     if not failures:
         return NextCall(candidates[0], instead=tuple(candidates[1:])) if candidates else None
     last = failures[-1]
-    if len(failures) >= settings.max_attempts or isinstance(last.error, BadRequestError):
+    if len(_tries(failures)) >= settings.max_attempts or isinstance(last.error, BadRequestError):
         return None
     left = [model for model in candidates if _may_serve(model, failures, settings, ways)]
     waits = {model: _wait(model, failures, settings, random, now_seconds, ways) for model in left}
@@ -82,7 +83,7 @@ def next_call(
     if last.model in in_time and (another or not isinstance(last.error, RateLimitedError)):
         chosen = last.model
     else:
-        chosen = min(in_time, key=lambda model: (waits[model], _tries(model, failures)))
+        chosen = min(in_time, key=lambda model: (waits[model], len(_tries(failures, model))))
     others = (model for model in in_time if model != chosen and waits[model] <= waits[chosen])
     return NextCall(chosen, waits[chosen], tuple(others))
 
@@ -140,23 +141,21 @@ def _may_serve(model: ModelInfo, failures: Sequence[Failure], settings: RetrySet
     """Whether nothing that happened so far rules this model out."""
     if not _usable(model, failures, ways):
         return False
-    tried = 0
     for failure in failures:
-        same = failure.model == model and not isinstance(failure.error, CredentialError)
-        tried += same
         if isinstance(failure.error, ContextTooLongError) and not _larger_window(model, failure.model):
             return False
-        if same and not failure.error.retryable:
-            return False
-    return tried < settings.max_attempts_per_model
+    tries = _tries(failures, model)
+    return len(tries) < settings.max_attempts_per_model and all(failure.error.retryable for failure in tries)
 
 
 def _larger_window(model: ModelInfo, than: ModelInfo) -> bool:
     return (model.context_window or 0) > (than.context_window or 0)
 
 
-def _tries(model: ModelInfo, failures: Sequence[Failure]) -> int:
-    return sum(failure.model == model and not isinstance(failure.error, CredentialError) for failure in failures)
+def _tries(failures: Sequence[Failure], model: ModelInfo | None = None) -> list[Failure]:
+    """Return the failures that say something of the call, not only of the credential: all, or those of one model."""
+    tries = [failure for failure in failures if not isinstance(failure.error, CredentialError)]
+    return tries if model is None else [failure for failure in tries if failure.model == model]
 
 
 def _wait(
@@ -181,7 +180,7 @@ def _wait(
             return 0.0
         pause = last.error.retry_after
         if pause is None:
-            doubled = settings.backoff_seconds * 2.0 ** (_tries(model, failures) - 1)
+            doubled = settings.backoff_seconds * 2.0 ** (len(_tries(failures, model)) - 1)
             pause = min(settings.backoff_cap_seconds, doubled) * (0.5 + random() / 2)
         waits.append(max(0.0, last.at_seconds + pause - now_seconds))
     return min(waits)

@@ -223,8 +223,10 @@ def test_whatever_fails_the_budget_holds(
                 assert before.model.provider != step.model.provider
         failures.append(Failure(step.model, happens[len(failures)]))
         remaining -= step.wait_seconds
-        assert len(failures) <= settings.max_attempts
-        assert sum(failure.model == step.model for failure in failures) <= settings.max_attempts_per_model
+        tries = [failure for failure in failures if not isinstance(failure.error, CredentialError)]
+        assert len(tries) <= settings.max_attempts
+        assert sum(failure.model == step.model for failure in tries) <= settings.max_attempts_per_model
+        assert len(failures) - len(tries) <= len({model.provider for model in candidates})  # each has one key here
     assert failures
 
 
@@ -271,6 +273,20 @@ def test_refused_key_makes_way_for_another_one() -> None:
     assert with_keys(*refused) == NextCall(B1, 0.0)
     overloaded = failed_by(TWO, OverloadedError("x"))
     assert with_keys(refused[0], overloaded) == NextCall(A1, 1.0)
+
+
+def test_keys_that_are_refused_use_up_none_of_a_job_s_calls() -> None:
+    """However many there are before the good one; each is out afterwards, so that there is an end to it."""
+    keys = tuple(Credential(f"key-{number}") for number in range(10))
+    ways, once = Ways({"a": keys}), RetrySettings(max_attempts=1)
+    refused: list[Failure] = []
+    for number, key in enumerate(keys[:-1], 1):
+        refused.append(failed_by(key, CredentialError("x")))
+        assert next_call([A1], refused, once, 1000.0, lambda: 1.0, 0.0, ways) == NextCall(A1, 0.0)
+        assert list(in_turn((A1,), ways, refused)) == [(A1, left) for left in keys[number:]]
+    for last in (CredentialError("x"), OverloadedError("x")):
+        ended = [*refused, failed_by(keys[-1], last)]
+        assert next_call([A1], ended, once, 1000.0, lambda: 1.0, 0.0, ways) is None
 
 
 def test_rate_limit_of_one_key_holds_up_none_of_the_others() -> None:

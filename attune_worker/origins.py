@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -41,10 +42,21 @@ def origins(settings: Settings, environ: Mapping[str, str] = os.environ) -> list
     if (file := settings_file(environ)) is not None:
         with file.open("rb") as stream:
             sources |= dict.fromkeys(_leaves(tomllib.load(stream)), str(file))
-    for variable in environ:
-        if variable.startswith(PREFIX) and variable != f"{PREFIX}CONFIG":
-            sources[tuple(variable.removeprefix(PREFIX).lower().split("__"))] = variable
+    variables = [name for name in environ if name.startswith(PREFIX) and name != f"{PREFIX}CONFIG"]
+    for variable in sorted(variables, key=lambda name: name.count("__")):  # of two, the one that says more wins
+        path = tuple(variable.removeprefix(PREFIX).lower().split("__"))
+        table = _table(environ[variable])
+        sources |= dict.fromkeys([path] if table is None else _leaves(table, *path), variable)
     return [Origin(".".join(path), _shown(settings, path), origin) for path, origin in sorted(sources.items())]
+
+
+def _table(text: str) -> dict[str, Any] | None:
+    """Return the table that a variable holds as JSON; None: it holds something else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _leaves(table: Mapping[str, Any], *above: str) -> Iterator[tuple[str, ...]]:

@@ -90,6 +90,20 @@ def test_settings_of_a_file_are_told_with_their_file(invoke, tmp_path):
     assert configured["budgets"] == ("1 in all", str(file))
 
 
+def test_settings_of_a_table_in_the_environment_are_told_with_their_variable(invoke, tmp_path):
+    """They stand over those of the file one by one; and a variable for one of them stands over the table."""
+    file = tmp_path / "own.toml"
+    file.write_text("[breaker]\nfailure_threshold = 3\nhalf_open_calls = 2\nrecovery_timeout_seconds = 30\n")
+    table = '{"failure_threshold": 9, "recovery_timeout_seconds": 40}'
+    told = invoke("doctor", "--json", CONFIG=file, BREAKER__RECOVERY_TIMEOUT_SECONDS=50, BREAKER=table)
+    configured = {one["name"]: (one["value"], one["origin"]) for one in json.loads(told.stdout)["settings"]}
+    assert {name: found for name, found in configured.items() if name.startswith("breaker")} == {
+        "breaker.failure_threshold": ("9", "ATTUNE_BREAKER"),
+        "breaker.half_open_calls": ("2", str(file)),
+        "breaker.recovery_timeout_seconds": ("50.0", "ATTUNE_BREAKER__RECOVERY_TIMEOUT_SECONDS"),
+    }
+
+
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
 def test_a_redis_that_drops_keys_is_a_failure(doctor, own_server, make_environ, simulator, policy):
     """Accepted jobs would vanish: exit code 1, with what to set; workers are warned at their start."""

@@ -28,14 +28,16 @@ from attune_worker.sections import DEFAULT_CREDENTIAL, RetrySettings
 class Failure:
     """A call that failed: on which model, how, and when (seconds of some clock that only goes forward).
 
-    ``interrupted``: it was its worker that ended, which says nothing of the call and counts as no try.
-    ``credential`` is the name of the one by which it was made.
+    ``interrupted``: it was its worker that ended, which says nothing of the model and counts as no try of it.
+    ``answered``: it ended after the answer, which is paid for, so that it is one of the job's calls. ``credential`` is
+    the name of the one by which it was made.
     """
 
     model: ModelInfo
     error: ProviderError
     at_seconds: float = 0.0
     interrupted: bool = False
+    answered: bool = False
     credential: str = DEFAULT_CREDENTIAL
 
 
@@ -68,11 +70,14 @@ def next_call(
     call by it counts as no try. A credential that is rate limited is so by itself. Without ``ways`` there is only the
     default one.
     """
+    calls_left = settings.max_attempts - sum(failure.answered for failure in failures)
     failures = [failure for failure in failures if not failure.interrupted]
+    if calls_left <= 0:
+        return None
     if not failures:
         return NextCall(candidates[0], instead=tuple(candidates[1:])) if candidates else None
     last = failures[-1]
-    if len(_tries(failures)) >= settings.max_attempts or isinstance(last.error, BadRequestError):
+    if len(_tries(failures)) >= calls_left or isinstance(last.error, BadRequestError):
         return None
     left = [model for model in candidates if _may_serve(model, failures, settings, ways)]
     waits = {model: _wait(model, failures, settings, random, now_seconds, ways) for model in left}
@@ -90,11 +95,15 @@ def next_call(
 
 def seen_before(attempt: Attempt, registry: Registry) -> Failure:
     """Return the failure that an attempt of an earlier start was; what had to be waited for it has been waited."""
-    interrupted = attempt.outcome == "orphaned" or attempt.error_type == StoppedError.type
+    answered = attempt.outcome == "succeeded"
+    interrupted = answered or attempt.outcome == "orphaned" or attempt.error_type == StoppedError.type
     kind = _ERRORS.get(attempt.error_type or "", ProviderError)
-    how = "its worker was lost" if attempt.outcome == "orphaned" else attempt.error_type
+    how = {
+        "succeeded": "answered in an earlier start, whose worker was lost before it could write that down",
+        "orphaned": "failed in an earlier start (its worker was lost)",
+    }.get(attempt.outcome, f"failed in an earlier start ({attempt.error_type})")
     error = kind(
-        f"{attempt.provider}/{attempt.model_id}: failed in an earlier start ({how})",
+        f"{attempt.provider}/{attempt.model_id}: {how}",
         provider=attempt.provider,
         model_id=attempt.model_id,
         status=attempt.status,
@@ -102,7 +111,7 @@ def seen_before(attempt: Attempt, registry: Registry) -> Failure:
     known = registry.find(f"{attempt.provider}/{attempt.model_id}")
     model = known[0] if known else ModelInfo(attempt.model_id, attempt.provider, attempt.tier)
     credential = attempt.credential or DEFAULT_CREDENTIAL
-    return Failure(model, error, at_seconds=-math.inf, interrupted=interrupted, credential=credential)
+    return Failure(model, error, -math.inf, interrupted, answered, credential)
 
 
 def in_turn(

@@ -154,6 +154,26 @@ def test_cancelled_job_of_a_dead_worker_is_not_run_again(records: Records, recov
     until(lambda: recovery.step() is not None and state(records, job_id) is JobStatus.CANCELLED)
 
 
+def test_worker_that_is_lost_after_the_answer_and_before_the_end_costs_its_job_a_call_and_no_more(
+    records: Records, leases: Leases, recovery: Recovery, settings: Settings, until: Until
+) -> None:
+    """Its only model has not failed: it is asked again, and both calls are in the result, each with its cost."""
+    leases.beat("dead", LONG, again=False)
+    job_id, _ = claimed(records, "dead")
+    job = records.read_job(job_id)
+    assert job is not None
+    with EmpathyLLMExecutor(settings) as executor:
+        answered = executor.execute(job, job_id=job_id, lease="dead")
+    leases.drop("dead")
+    until(lambda: recovery.step() is not None and state(records, job_id) is JobStatus.WAITING)
+    with closing(Runner(settings)) as runner:
+        result = runner.run(job_id)
+    assert (result.status, result.content) == (JobStatus.SUCCEEDED, answered.content)
+    assert [attempt.outcome for attempt in result.attempts] == ["succeeded", "succeeded"]
+    assert result.attempts[0].call_id == answered.attempts[0].call_id
+    assert result.cost_usd == sum(record.cost_usd or 0 for record in Ledger(settings).records())
+
+
 @pytest.mark.parametrize(("again", "end"), [(False, Finish.WRITTEN), (True, Finish.STALE)])
 def test_answer_that_comes_after_the_take_over_counts_until_the_job_runs_again(
     records: Records, recovery: Recovery, until: Until, again: bool, end: Finish

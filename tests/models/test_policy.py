@@ -95,6 +95,18 @@ def test_an_attempt_whose_worker_ended_counts_as_no_try(outcome: str, error_type
     assert decide([A1], [overloaded, ended, overloaded]) is None
 
 
+def test_an_answer_that_was_lost_with_its_worker_is_no_failure_of_its_model_but_was_paid_for() -> None:
+    """The model is asked again, and no job pays for more calls than it may have."""
+    fields = {"model_id": "1", "provider": "a", "tier": "cheap", "outcome": "succeeded", "latency_ms": 1}
+    lost = seen_before(Attempt(**fields), Registry([A1, B1]))
+    overloaded, settings = Failure(A1, OverloadedError("words")), RetrySettings(max_attempts=4)
+    for failures in ([lost], [lost] * 3, [overloaded, lost, lost]):
+        assert next_call([A1], failures, settings, 1000.0, lambda: 1.0) is not None
+    for failures in ([lost] * 4, [overloaded, lost, lost, lost], [lost, lost, lost, overloaded]):
+        assert next_call([A1], failures, settings, 1000.0, lambda: 1.0) is None
+    assert "answered in an earlier start, whose worker was lost" in lost.error.message
+
+
 def test_an_attempt_on_a_model_that_is_gone_is_still_an_attempt() -> None:
     """The configuration may have changed since; the budget has not."""
     attempt = Attempt(

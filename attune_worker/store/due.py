@@ -71,7 +71,7 @@ class DueJobs:
         commands: list[tuple[str, Command]] = []
         for job_id in job_ids:
             due = JobKeys.of(self._settings.namespace, job_id).due
-            commands.append((due, ("ZADD", due, "XX", 0, job_id)))
+            commands.append((due, ("ZADD", due, 0, job_id)))  # also one that has ended: its last wake-up
         with reaching(self._settings):
             together(self._redis, commands)
 

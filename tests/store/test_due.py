@@ -76,6 +76,18 @@ def test_lost_wake_up_is_sent_again_until_the_job_is_claimed(records: Records, d
     assert due_jobs.take() == Due((), 0)
 
 
+def test_wake_ups_that_could_not_be_sent_are_due_at_once(records: Records, due_jobs: DueJobs, until: Any) -> None:
+    """The broker was away: of jobs that wait or have ended, and not of those that somebody claimed meanwhile."""
+    waits, claimed, cancelled = put_back(records, AT_ONCE), put_back(records, AT_ONCE), put_back(records, 60.0)
+    records.cancel(cancelled)
+    found = taken(due_jobs, until, 3)
+    assert found == {waits: 5, claimed: 5, cancelled: 5}
+    assert isinstance(records.claim(claimed, "worker-2", LEASE), Claim)
+    due_jobs.again(list(found))
+    assert taken(due_jobs, until, 2) == {waits: 5, cancelled: 5}
+    assert due_jobs.take() == Due((), 1)
+
+
 def test_job_is_taken_by_one_of_many_at_a_time(records: Records, settings: Settings, until: Any) -> None:
     """Should two workers sweep at once, no wake-up is sent twice."""
     jobs = {put_back(records, AT_ONCE) for _ in range(30)}

@@ -56,7 +56,8 @@ class Acceptance:
 class Claim:
     """A job taken by one worker. ``fence`` proves it at FINISH; times are in milliseconds of Redis' clock.
 
-    ``attempts`` are the calls of its earlier starts, ``crashes`` counts the workers that were lost with it.
+    ``attempts`` are the calls of its earlier starts, ``crashes`` counts the workers that were lost with it, and
+    ``starts`` how often it was taken, this time included.
     """
 
     fence: int
@@ -67,6 +68,7 @@ class Claim:
     started_ms: int
     attempts: tuple[Attempt, ...] = ()
     crashes: int = 0
+    starts: int = 1
 
     @property
     def queue_ms(self) -> int:

@@ -80,10 +80,10 @@ class Records:
         answer = self._run(CLAIM, job_id, owner, lease, channel, self._settings.retention_seconds)
         if answer[0] != b"claimed":
             return status_of(answer[0])
-        _, fence, job, accepted_ms, claimed_ms, deadline_ms, started_ms, progress, crashes = answer
+        _, fence, job, accepted_ms, claimed_ms, deadline_ms, started_ms, progress, crashes, starts = answer
         text = (job or b"").decode(errors="replace")
         attempts = attempts_of(progress)
-        return Claim(fence, text, accepted_ms, claimed_ms, deadline_ms, started_ms, attempts, crashes)
+        return Claim(fence, text, accepted_ms, claimed_ms, deadline_ms, started_ms, attempts, crashes, starts)
 
     def put_back(
         self, job_id: str, fence: int | bytes, wait_seconds: float, reason: str, attempts: Sequence[Attempt]
@@ -155,12 +155,13 @@ class Records:
         None when that cannot be: it is under way, has succeeded, is unknown, or its prompt is gone. Its deadline is
         as long as it was, from now. The wake-up is for the caller to send.
         """
-        state = self._run(RETRY, job_id, uuid4().hex)
-        if state is None:
-            return None
-        calls = FleetKeys(self._settings.namespace).job_calls(job_id)
+        record, calls = self._keys(job_id).record, FleetKeys(self._settings.namespace).job_calls(job_id)
+        [before] = self._together([(record, ("HGET", record, "state"))])
+        if not status_of(before).ended:
+            return None  # the calls of one that runs are needed, should its worker be lost
         self._together([(calls, ("UNLINK", calls))])  # they are in the ledger, and no part of what begins anew
-        return status_of(state)
+        state = self._run(RETRY, job_id, uuid4().hex)
+        return None if state is None else status_of(state)
 
     def read(self, job_ids: Sequence[str]) -> list[Record]:
         """Read where jobs are, in one round trip."""

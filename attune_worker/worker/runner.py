@@ -210,7 +210,7 @@ class Runner:
             )
         except NotNowError as error:
             chance = random.random()  # noqa: S311  # spreads load, hides nothing
-            seconds = _with_jitter(error.retry_after, claim.fence, chance)
+            seconds = _with_jitter(error.retry_after, claim.starts, chance)
             return Pause(seconds, error.message, calls_of(error, claim))
         except StoppedError as error:
             if start.cancelled:

@@ -46,8 +46,8 @@ fences = st.sampled_from([0, 0, 0, -1, 1])
 class Life:
     """What a job's record should say; each method does what a script does, and returns its answer."""
 
+    fence: int
     status: JobStatus = JobStatus.QUEUED
-    fence: int = 0
     starts: int = 0
     crashes: int = 0
     owner: str = ""
@@ -150,8 +150,8 @@ class Fleet(RuleBasedStateMachine):
         super().__init__()
         self.jobs = [new_job(deadline_seconds=1000) for _ in range(JOBS)]
         self.ids = [job_id for job_id, _, _ in self.jobs]
-        self.lives = [Life() for _ in self.jobs]
         self.records.accept(self.jobs)
+        self.lives = [Life(int(self.redis.hget(self._keys(job).record, "fence"))) for job in range(JOBS)]
         self.heard()
 
     @rule(job=jobs, owner=owners, lease=leases)

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def test_claim_hands_out_the_job_with_a_fence(records: Records, redis: Redis, ke
     records.accept([(job_id, job, text)])
     claim = claimed(records, job_id)
     assert claim.job == text
-    assert claim.fence == 1
+    assert (claim.fence, claim.starts) == (claim.accepted_ms + 1, 1)
     assert 0 <= claim.queue_ms < 60_000
     assert claim.remaining_seconds is not None
     assert 40 < claim.remaining_seconds <= 100
@@ -122,7 +123,7 @@ def test_same_owner_may_claim_again(records: Records) -> None:
     job_id = accepted(records)
     first = claimed(records, job_id, "worker-1")
     again = claimed(records, job_id, "worker-1")
-    assert (again.fence, again.job, again.accepted_ms) == (first.fence, first.job, first.accepted_ms)
+    assert again == dataclasses.replace(first, claimed_ms=again.claimed_ms)
     assert records.read([job_id])[0].attempts == 1
 
 
@@ -149,9 +150,26 @@ def test_claim_that_arrives_after_its_run_is_over_takes_nothing(
 def test_job_that_is_retried_may_be_claimed_by_any_owner(records: Records) -> None:
     """It begins anew, and so does the list of who had it: a message that is delivered again finds it queued."""
     job_id = accepted(records)
-    records.finish(claimed(records, job_id, "worker-1").fence, end(job_id, JobStatus.FAILED))
+    first = claimed(records, job_id, "worker-1")
+    records.finish(first.fence, end(job_id, JobStatus.FAILED))
     assert records.retry(job_id) is JobStatus.FAILED
-    assert claimed(records, job_id, "worker-1").fence == 2
+    assert claimed(records, job_id, "worker-1").fence == first.fence + 1
+
+
+def test_worker_of_a_job_that_is_long_over_ends_no_new_one_with_its_id(
+    records: Records, redis: Redis, keys: Any, until: Any
+) -> None:
+    """A frozen worker wakes up when its job has ended elsewhere, expired, and its idempotency key was used again."""
+    job_id = accepted(records)
+    frozen = claimed(records, job_id, "frozen")
+    redis.delete(keys(job_id).record)
+    redis.hdel(keys(job_id).running, job_id)
+    until(lambda: redis.time()[0] * 1000 > frozen.fence)  # the retention time is a second at least
+    records.accept([(job_id, *new_job(prompt="another")[1:])])
+    claim = claimed(records, job_id, "worker-1")
+    assert records.finish(frozen.fence, end(job_id, content="of the old job")) is Finish.STALE
+    assert not records.put_back(job_id, frozen.fence, 0.0, "its worker ends", ())
+    assert records.finish(claim.fence, end(job_id)) is Finish.WRITTEN
 
 
 @pytest.mark.parametrize("garbled", ["1e300", "9007199254740992", "-1", "1.5", "0x10", "nan", "x"])
@@ -170,12 +188,14 @@ def test_garbled_fence_keeps_no_job_from_its_end(records: Records, redis: Redis,
 def test_fences_are_told_as_they_stand_for_jobs_of_one_lease(records: Records, redis: Redis, keys: Any) -> None:
     """A worker that finds it does not run a job puts it back with that, be it garbled."""
     mine, garbled, elsewhere, put_back = (accepted(records) for _ in range(4))
-    for job_id, lease in [(mine, LEASE), (garbled, LEASE), (elsewhere, OTHER_LEASE), (put_back, LEASE)]:
-        claimed(records, job_id, lease=lease)
+    fences = {
+        job_id: claimed(records, job_id, lease=lease).fence
+        for job_id, lease in [(mine, LEASE), (garbled, LEASE), (elsewhere, OTHER_LEASE), (put_back, LEASE)]
+    }
     redis.hset(keys(garbled).record, "fence", b"1e300\xff")
-    records.put_back(put_back, 1, 60.0, "busy", ())
+    records.put_back(put_back, fences[put_back], 60.0, "busy", ())
     found = records.fences([mine, garbled, elsewhere, put_back, accepted(records), "nobody"], LEASE)
-    assert found == {mine: b"1", garbled: b"1e300\xff"}
+    assert found == {mine: b"%d" % fences[mine], garbled: b"1e300\xff"}
     assert all(records.put_back(job_id, fence, 0, "not run", ()) for job_id, fence in found.items())
     assert {status_of(records, job_id) for job_id in (mine, garbled)} == {JobStatus.WAITING}
 

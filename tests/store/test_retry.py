@@ -140,3 +140,14 @@ def test_the_calls_of_its_former_life_are_none_of_the_new_one(records: Records, 
     redis.rpush(calls, "a call")
     assert records.retry(job_id) is JobStatus.FAILED
     assert not redis.exists(calls)
+
+
+def test_the_calls_of_a_job_that_is_not_retried_stay(records: Records, redis: Redis) -> None:
+    """One that runs needs them, should its worker be lost."""
+    job = new_job()
+    records.accept([job])
+    claimed(records, job[0])
+    calls = FleetKeys(records._settings.namespace).job_calls(job[0])
+    redis.rpush(calls, "a call")
+    assert records.retry(job[0]) is None
+    assert redis.exists(calls)

@@ -6,7 +6,8 @@
 -- Returns {'accepted' | 'exists' | 'conflict', 1 when a wake-up is due, else 0}.
 --       conflict: the id belongs to a different job. A wake-up is due while the job is queued, and when it waits
 --       although its time has come.
--- TTL   none until the job ends.
+-- TTL   none until the job ends. Fencing tokens count from the time of acceptance: one of an earlier job with this id,
+--       whose record has expired since, is none of this one's.
 local digest, state, due_ms, deadline_ms = unpack(read(RECORD, 'digest', 'state', 'due_ms', 'deadline_ms'))
 local now_ms = now_in_ms()
 if digest then
@@ -22,6 +23,6 @@ end
 deadline_ms = tonumber(ARGV[5]) > 0 and now_ms + ARGV[5] or 0
 redis.call('HSET', RECORD,
   'state', 'queued', 'job', ARGV[2], 'digest', ARGV[3], 'priority', ARGV[4],
-  'accepted_ms', integer(now_ms), 'deadline_ms', integer(deadline_ms), 'fence', 0, 'attempts', 0)
+  'accepted_ms', integer(now_ms), 'deadline_ms', integer(deadline_ms), 'fence', integer(now_ms), 'attempts', 0)
 line_up(ARGV[1], now_ms, deadline_ms)
 return { 'accepted', 1 }

@@ -8,7 +8,7 @@
 -- ARGV  1 job id  2 owner (unique to this delivery)  3 lease of the worker  4 channel on which it hears that the job
 --       was cancelled  5 retention in seconds
 -- Returns {'claimed', fence, job JSON, accepted_ms, now_ms, deadline_ms (0: none), started_ms (of the first start),
---       attempts so far as JSON (false: none), crashes}
+--       attempts so far as JSON (false: none), crashes, starts}
 --      or {state} with the state that forbids it; 'unknown' when there is no record.
 local state, owner, fence, attempts, deadline_ms, accepted_ms, started_ms, job, progress, crashes = unpack(read(RECORD,
   'state', 'owner', 'fence', 'attempts', 'deadline_ms', 'accepted_ms', 'started_ms', 'job', 'progress', 'crashes'))
@@ -30,7 +30,8 @@ if not again then
   end
   fence = fence + 1
   started_ms = number(started_ms, now_ms)
-  redis.call('HSET', RECORD, 'state', 'running', 'owner', ARGV[2], 'attempts', integer(number(attempts, 0) + 1),
+  attempts = number(attempts, 0) + 1
+  redis.call('HSET', RECORD, 'state', 'running', 'owner', ARGV[2], 'attempts', integer(attempts),
     'started_ms', integer(started_ms))
   redis.call('HDEL', RECORD, 'due_ms', 'reason', 'ahead')
   leave(ARGV[1], state)
@@ -40,5 +41,5 @@ own(RUNNING, 'hash')
 redis.call('HSET', RUNNING, ARGV[1], ARGV[3])
 return {
   'claimed', fence, job, number(accepted_ms, now_ms), now_ms, deadline_ms, number(started_ms, now_ms), progress,
-  number(crashes, 0),
+  number(crashes, 0), number(attempts, 1),
 }

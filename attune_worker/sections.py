@@ -38,7 +38,7 @@ class CredentialSettings(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     mode: Literal["api", "subscription"] = "api"
     secret: SecretStr
-    keep_free: float = Field(default=0.0, ge=0, lt=1)
+    keep_free: float = Field(default=0.0, ge=0, le=0.85)  # in less room what a window holds could not be learned
     burst: float = Field(default=0.25, gt=0, le=1)
 
     @field_validator("name")

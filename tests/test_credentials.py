@@ -287,17 +287,18 @@ def test_strategy_decides_by_the_size_of_the_module(
     lines: int,
     mode: str,
 ) -> None:
-    """With one line in the log that names what decided."""
+    """With one line in the log for the mode, and one for the call, each of which names what decided."""
     accept(simulator, API_KEY, TOKEN)
-
-    with caplog.at_level(logging.DEBUG, logger="attune_worker.models.flow"):
+    with caplog.at_level(logging.DEBUG, logger="attune_worker"):
         response = make_executor(team, strategy=lambda: AuthStrategy(medium_module_threshold=500)).execute(
-            JOB.model_copy(update={"module_lines": lines})
+            JOB.model_copy(update={"module_lines": lines}), job_id="job-1"
         )
     assert response.auth_mode == mode
-    [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("auth ")]
-    assert "the strategy recommends" in line
-    assert "anthropic/claude-haiku-5-5" in line
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("auth ")]
+    of_mode, of_call = told
+    assert of_mode.startswith(f"auth mode of job job-1, taken for {lines} lines: {mode}, because it is")
+    assert of_call.startswith(f"auth of call {response.attempts[0].call_id} to anthropic/claude-haiku-5-5: ")
+    assert "the strategy recommends" in of_call
 
 
 def test_wish_that_nobody_can_meet_is_said_with_the_reason(

@@ -235,7 +235,7 @@ CREDENTIAL = '[[providers.anthropic.credentials]]\nname = "a"\nsecret = "s"\n'
         (CREDENTIAL + CREDENTIAL, ["credentials", "two of them are named 'a'"]),
         (CREDENTIAL + "burst = 0.5", ["credentials.0", 'need mode = "subscription"']),
         (CREDENTIAL + "keep_free = 0.5", ["credentials.0", 'need mode = "subscription"']),
-        (CREDENTIAL + 'mode = "subscription"\nkeep_free = 1', ["credentials.0.keep_free", "less than 1"]),
+        (CREDENTIAL + 'mode = "subscription"\nkeep_free = 0.86', ["credentials.0.keep_free", "or equal to 0.85"]),
         (CREDENTIAL + 'mode = "subscription"\nburst = 0', ["credentials.0.burst", "greater than 0"]),
         (CREDENTIAL + 'mode = "auto"', ["credentials.0.mode", "'api' or 'subscription'"]),
         (CREDENTIAL + "keep_fre = 0.1", ["credentials.0.keep_fre", "did you mean 'keep_free'"]),

@@ -104,7 +104,7 @@ def wish_of(job: Job, strategy: AuthStrategy | None, spill_to_api: bool) -> Wish
     spill = spill_to_api if job.spill_to_api is None else job.spill_to_api
     recommended = AuthMode.API
     if strategy is not None and job.auth_mode is None:
-        recommended = strategy.get_recommended_mode(lines_of(job, strategy.multiplier().tokens_per_line))
+        recommended = strategy.recommend(lines_of(job, strategy.multiplier().tokens_per_line)).mode
     return Wish(job.auth_mode, recommended, spill)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from attune_worker.jobs import Candidate, Decision
 from attune_worker.models.adaptive import Ranking
+from attune_worker.models.auth import Recommendation
 from attune_worker.models.calls import Charged, Permit, Quote, Refusal, Request, circuits_of
 from attune_worker.models.refusals import OF_CIRCUITS, WHY, without_money
 from attune_worker.models.registry import ModelInfo
@@ -50,6 +51,20 @@ def tell_route(
         if reasons:
             line += f"; {what}: {_tally(reasons)}"
     logger.debug("%s", line)
+
+
+def tell_mode(job_id: str, lines: int, recommended: Recommendation) -> None:
+    """Tell what the auth strategy recommends for a job, and why."""
+    mode, reason = recommended
+    logger.debug("auth mode of %s, taken for %d lines: %s, because %s", _of(job_id), lines, mode, reason)
+
+
+def tell_way(permit: Permit, constraint: str) -> None:
+    """Tell by which credential a call goes, and why."""
+    how = "a subscription" if permit.credential.subscription else "an API key"
+    logger.debug(
+        "auth of call %s to %s: %s, %s: %s", permit.call_id, permit.model.ref, permit.credential.name, how, constraint
+    )
 
 
 def tell_leave(

@@ -24,7 +24,7 @@ from attune_worker.models.adaptive import AdaptiveModelRouter, Ranking
 from attune_worker.models.attempts import attempt_of, located
 from attune_worker.models.auth import AuthStrategy
 from attune_worker.models.calls import Outcome, Permit, Refusal, Request
-from attune_worker.models.credentials import Credential, Ways, Wish, endpoints_of
+from attune_worker.models.credentials import Credential, Ways, endpoints_of
 from attune_worker.models.effects import Admit, Effect, Flow, Rank, Reply, Send, Settle, Unsent
 from attune_worker.models.offers import Offers
 from attune_worker.models.policy import NextCall, in_turn, next_call, seen_before
@@ -92,7 +92,8 @@ class Caller:
             if isinstance(verdict, Refusal):
                 yield from progress.put_off(verdict)
                 continue
-            self._explain(verdict, wish)
+            if decisions.wanted():
+                decisions.tell_way(verdict, self.offers.resolved(wish)[verdict.model.provider].constraint)
             decision = None if progress.attempts else ranking.decision
             outcome, attempt = yield from self._call(job, verdict, progress.seconds_left, decision)
             progress.called(attempt)
@@ -113,6 +114,8 @@ class Caller:
         if decisions.wanted():
             dropped = self.offers.candidates(start.job).dropped
             decisions.tell_route(start.job_id, ranking, dropped, adaptive=self._settings.routing.adaptive)
+            if (recommended := self.offers.recommendation(start.job)) is not None:
+                decisions.tell_mode(start.job_id, *recommended)
 
     def _next(self, ranked: Sequence[ModelInfo], ways: Ways, progress: Progress) -> NextCall:
         """Return the next call to make, or raise how the job ends after which none makes sense."""
@@ -145,12 +148,6 @@ class Caller:
     def _request(self, start: Start, wanted: Sequence[tuple[ModelInfo, Credential]], view: StageView) -> Request:
         quotes = self.offers.quotes(start.job, wanted, view)
         return Request(uuid4().hex, start.job_id, start.job, quotes, start.lease)
-
-    def _explain(self, permit: Permit, wish: Wish) -> None:
-        if logger.isEnabledFor(logging.DEBUG):
-            how = "a subscription" if permit.credential.subscription else "an API key"
-            constraint = self.offers.resolved(wish)[permit.model.provider].constraint
-            logger.debug("auth of a call to %s: %s, %s: %s", permit.model.ref, permit.credential.name, how, constraint)
 
     def _call(
         self, job: Job, permit: Permit, remaining_seconds: float, decision: Decision | None

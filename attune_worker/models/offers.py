@@ -12,7 +12,7 @@ from decimal import Decimal
 from functools import lru_cache
 
 from attune_worker.jobs import Attempt, AuthMode, Job
-from attune_worker.models.auth import AuthStrategy
+from attune_worker.models.auth import AuthStrategy, Recommendation
 from attune_worker.models.calls import Quote
 from attune_worker.models.credentials import (
     PLAIN,
@@ -22,6 +22,7 @@ from attune_worker.models.credentials import (
     Wish,
     credentials_of,
     keyless,
+    lines_of,
     resolve,
     spread,
     wish_of,
@@ -83,8 +84,15 @@ class Offers:
         """Return how the calls of ``job`` are to be paid for, as the strategy says now."""
         if self._strategy is None and job.auth_mode is None:
             return PLAIN
-        strategy = None if self._strategy is None or job.auth_mode is not None else self._strategy()
-        return wish_of(job, strategy, self._settings.auth.spill_to_api)
+        return wish_of(job, self._strategy_for(job), self._settings.auth.spill_to_api)
+
+    def recommendation(self, job: Job) -> tuple[int, Recommendation] | None:
+        """Return for how many lines the strategy takes a job, and what it recommends; None: it has no say in it."""
+        strategy = self._strategy_for(job)
+        if strategy is None:
+            return None
+        lines = lines_of(job, strategy.multiplier().tokens_per_line)
+        return lines, strategy.recommend(lines)
 
     def as_wished(self, found: Candidates, wish: Wish) -> Candidates:
         """Return the candidates without those that would turn a quota that is used up into a bill nobody allowed."""
@@ -108,6 +116,9 @@ class Offers:
             return attempt.cost_usd
         found = self._registry.find(f"{attempt.provider}/{attempt.model_id}")
         return (self._worst_case_usd(job, found[0]) if found else None) or Decimal(0)
+
+    def _strategy_for(self, job: Job) -> AuthStrategy | None:
+        return None if self._strategy is None or job.auth_mode is not None else self._strategy()
 
     def _kind(self, job: Job, wish: Wish) -> tuple[object, ...]:
         """Return what the candidates of a job without ``max_cost`` depend on."""

@@ -87,7 +87,9 @@ def test_failure_without_windows_says_nothing_of_a_quota(token: Token) -> None:
     assert token.look()["reason"] == "quota_unknown"
 
 
-@pytest.mark.parametrize(("keep_free", "used", "allowed"), [(0, 0.889, True), (0, 0.891, False), (0.2, 0.7, False)])
+@pytest.mark.parametrize(
+    ("keep_free", "used", "allowed"), [(0, 0.889, True), (0, 0.891, False), (0.2, 0.7, False), (0.85, 0.03, True)]
+)
 def test_calls_of_unknown_weight_go_alone_and_stay_away_from_the_end(
     token: Token, keep_free: float, used: float, allowed: bool
 ) -> None:

@@ -293,6 +293,55 @@ OTHERS = [
 SEVERAL = {"PROVIDERS__ANTHROPIC__CREDENTIALS": json.dumps(OTHERS)}
 
 
+@pytest.fixture
+def lacking(invoke):
+    """Return a function that asks the doctor, and returns text and fix of each key that is not here."""
+
+    def ask(*, credentials=(), code=0, **overrides):
+        overrides["PROVIDERS__ANTHROPIC__CREDENTIALS"] = json.dumps(list(credentials))
+        told = json.loads(invoke("doctor", "--json", "--offline", code=code, **overrides).stdout)
+        found = [one for one in told["findings"] if one["check"] == "providers" and one["level"] == "warning"]
+        return [(one["text"], one["fix"]) for one in found]
+
+    return ask
+
+
+EMPTY = {"name": "team", "mode": "subscription", "secret": "env:NOBODY_HAS_THIS"}
+
+
+def test_a_configured_key_that_is_not_here_is_a_warning_while_others_are(lacking):
+    """With its variable, and what calls do without it: without a subscription's token they cost money."""
+    two = {"name": "two", "secret": "env:NOR_THIS"}
+    [(subscription, fix), (key, _)] = lacking(credentials=[EMPTY, two])
+    assert subscription == (
+        "the subscription anthropic/team has no token here (NOBODY_HAS_THIS is empty): "
+        "calls go by API keys and are paid by the token"
+    )
+    assert fix.startswith("Set NOBODY_HAS_THIS wherever workers run")
+    assert key == "anthropic/two has no key here (NOR_THIS is empty): calls go by the others"
+    both = [EMPTY, {"name": "spare", "mode": "subscription", "secret": "token"}]
+    [(text, _)] = lacking(credentials=both)
+    assert text.endswith("calls go by the others")
+    [(text, fix)] = lacking(credentials=[{"name": "two", "secret": ""}])
+    assert (text, "the secret of anthropic/two" in fix) == (
+        "anthropic/two has no key here (its secret is empty): calls go by the others",
+        True,
+    )
+
+
+def test_a_default_key_that_is_not_here_is_told_where_somebody_has_configured_it(lacking):
+    """Providers come with one; whoever pays by a subscription alone has nothing to mend."""
+    here = [{"name": "team", "mode": "subscription", "secret": "token"}]
+    [(text, _)] = lacking(credentials=here, PROVIDERS__ANTHROPIC__API_KEY="env:NOBODY_HAS_THIS")
+    assert text.startswith("anthropic/default has no key here (NOBODY_HAS_THIS is empty)")
+    assert lacking(credentials=here, PROVIDERS__GOOGLE__CREDENTIALS=json.dumps(here)) == []
+
+
+def test_a_provider_without_any_key_is_told_once(lacking):
+    """By the finding that names all of them."""
+    assert lacking(credentials=[EMPTY], PROVIDERS__ANTHROPIC__API_KEY="env:NOR_THIS") == []
+
+
 def test_each_key_is_asked_and_the_refused_one_is_named(asked, invoke, simulator):
     """While others of its provider are taken its calls go by them: a warning; no quota is used."""
     window = {"capacity_tokens": 1000}

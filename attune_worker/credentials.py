@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -80,6 +80,31 @@ class CredentialStatus:
     tells_no_quota: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A configured credential whose secret is not in this process's environment; ``str`` says what that means.
+
+    ``others`` are those of its provider that are there.
+    """
+
+    provider: str
+    one: CredentialStatus
+    others: tuple[CredentialStatus, ...]
+
+    def __str__(self) -> str:
+        name, empty = f"{self.provider}/{self.one.name}", f"{self.one.variable or 'its secret'} is empty"
+        subscription = self.one.mode is AuthMode.SUBSCRIPTION
+        what = f"the subscription {name} has no token here" if subscription else f"{name} has no key here"
+        return f"{what} ({empty}): {self._effect()}"
+
+    def _effect(self) -> str:
+        if not self.others:
+            return f"no call goes to {self.provider}"
+        if self.one.mode is AuthMode.SUBSCRIPTION and all(one.mode is AuthMode.API for one in self.others):
+            return "calls go by API keys and are paid by the token"
+        return "calls go by the others"
+
+
 class Credentials:
     """The credentials of one namespace. Raises ``ServiceUnavailableError`` when Redis is away."""
 
@@ -134,6 +159,15 @@ def configured(settings: Settings, environ: Mapping[str, str] = os.environ) -> d
             CredentialStatus(one, mode, one in there, variables.get(one)) for one, mode in _names_of(provider).items()
         )
     return found
+
+
+def missing(settings: Settings, environ: Mapping[str, str] = os.environ) -> Iterator[Missing]:
+    """Yield each configured credential whose secret is not here."""
+    for provider, found in configured(settings, environ).items():
+        others = tuple(one for one in found if one.present)
+        for one in found:
+            if not one.present:
+                yield Missing(provider, one, others)
 
 
 def _names_of(provider: ProviderSettings) -> dict[str, AuthMode]:

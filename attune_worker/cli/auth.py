@@ -266,7 +266,8 @@ def _say_reset(as_json: bool, text: str, *, reset: bool, lost: Mapping[str, Any]
 
 
 def _at_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stderr.isatty()
+    streams = (sys.stdin, sys.stderr)  # either is None where it is closed, as by <&-
+    return all(one is not None and not one.closed and one.isatty() for one in streams)
 
 
 def _confirmed(question: str) -> bool:

@@ -18,6 +18,7 @@ import click
 
 from attune_worker.cli.cost_view import percent_off, print_reconciled, print_report, print_savings
 from attune_worker.cli.estimate import estimate
+from attune_worker.cli.files import FileName
 from attune_worker.cli.output import (
     console,
     counted,
@@ -139,9 +140,7 @@ def _savings(ledger: Ledger, days: int) -> Savings | None:
 @_since
 @_until
 @click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), default="csv", show_default=True)
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File.  [default: standard output]"
-)
+@click.option("-o", "--output", type=FileName(), help="File.  [default: standard output]")
 def export(since: datetime | None, until: datetime | None, form: str, output: Path | None) -> None:
     """Write the record of every call: no prompt, no answer, no user.
 
@@ -160,7 +159,7 @@ def export(since: datetime | None, until: datetime | None, form: str, output: Pa
 @click.option(
     "--invoice",
     required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FileName(),
     help="The provider's usage export (.csv or .jsonl), or the simulator's invoice (.json).",
 )
 @click.option(
@@ -234,13 +233,17 @@ def _as_jsonl(records: Iterable[LedgerRecord], stream: TextIO) -> Iterator[None]
 def _replacing(path: Path | None) -> Iterator[TextIO]:
     """Yield a new file that takes the place of ``path`` once it is complete; without ``path`` standard output."""
     if path is None:
+        if sys.stdout is None:
+            raise ConfigurationError("standard output is closed; say where to write by -o")
         yield sys.stdout
         return
-    draft = path.with_name(f"{path.name}.new")
+    replaced = not path.exists() or path.is_file()  # a device or a pipe is written to
+    draft = path.with_name(f"{path.name}.new") if replaced else path
     try:
         stream = draft.open("w", encoding="utf-8", newline="")
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be written: {error.strerror}") from None
     with stream:
         yield stream
-    draft.replace(path)
+    if replaced:
+        draft.replace(path)

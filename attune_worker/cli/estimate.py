@@ -6,13 +6,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from attune_worker.cli.bulk import read_lines
 from attune_worker.cli.credentials import HELD
+from attune_worker.cli.files import text_of
 from attune_worker.cli.output import Column, Rows, console, counted, json_option, print_fitting, print_json, say, usd
 from attune_worker.errors import InvalidJobError
 from attune_worker.jobs import AuthMode, Job, ModelTier
@@ -21,6 +22,8 @@ from attune_worker.settings import get_settings
 if TYPE_CHECKING:
     from attune_worker.models.estimation import CandidateEstimate, Estimate, Estimator
     from attune_worker.models.modes import Quota
+
+STANDARD_INPUT = Path("-")
 
 SHOWN_REASONS = 20
 """Invalid lines that are named; the others are counted."""
@@ -71,7 +74,11 @@ class Bulk:
 @click.command()
 @click.option("--task-type", metavar="NAME", help="Kind of work, such as summarize.")
 @click.option("--prompt", metavar="TEXT", help="The prompt itself.")
-@click.option("--file", "stream", type=click.File("rb", lazy=True), help="File with the prompt; - for standard input.")
+@click.option(
+    "--file",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    help="File with the prompt; - for standard input.",
+)
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option("--workflow", metavar="NAME")
 @click.option("--stage", metavar="NAME", help="Place in the workflow.  [default: the task type]")
@@ -94,7 +101,7 @@ class Bulk:
     help="A file with a job on each line, as for `run`, instead of one job.",
 )
 @json_option
-def estimate(jobs: Path | None, as_json: bool, stream: BinaryIO | None, **fields: str | int | None) -> None:
+def estimate(jobs: Path | None, as_json: bool, file: Path | None, **fields: str | int | None) -> None:
     """Say what a job should cost with each model, and at worst, by what the fleet has learned. Nothing is submitted.
 
     Amounts are by the token, with what the call would take of a subscription's quota beside them, and by which of both
@@ -107,10 +114,10 @@ def estimate(jobs: Path | None, as_json: bool, stream: BinaryIO | None, **fields
     from attune_worker.models.estimation import Estimator
 
     given = {name: value for name, value in fields.items() if value is not None}
-    if jobs is not None and (given or stream is not None):
+    if jobs is not None and (given or file is not None):
         raise click.UsageError("--jobs has all about its jobs in the file: leave the other options out")
     if jobs is None:
-        job = Job.parse(given | _prompt(stream, given))
+        job = Job.parse(given | _prompt(file, given))
         with Estimator(get_settings()) as estimator:
             found = estimator.estimate(job)
         print_json(asdict(found)) if as_json else print_estimate(console(), found)
@@ -124,15 +131,12 @@ def estimate(jobs: Path | None, as_json: bool, stream: BinaryIO | None, **fields
         raise click.exceptions.Exit(1)
 
 
-def _prompt(stream: BinaryIO | None, given: dict[str, str | int]) -> dict[str, str]:
-    if "task_type" not in given or ("prompt" in given) == (stream is not None):
+def _prompt(file: Path | None, given: dict[str, str | int]) -> dict[str, str]:
+    if "task_type" not in given or ("prompt" in given) == (file is not None):
         raise click.UsageError("give --task-type, and the prompt by --prompt or by --file; or a file of jobs by --jobs")
-    if stream is None:
+    if file is None:
         return {}
-    try:
-        return {"prompt": stream.read().decode()}
-    except UnicodeDecodeError:
-        raise click.UsageError(f"{stream.name}: not a text in UTF-8") from None
+    return {"prompt": text_of(None if file == STANDARD_INPUT else file)}
 
 
 def _bulk(estimator: Estimator, path: Path) -> Bulk:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-from attune_worker.errors import ServiceUnavailableError
+from attune_worker.cli.files import FileName
+from attune_worker.cli.number import Number
+from attune_worker.errors import ConfigurationError, ServiceUnavailableError
 from attune_worker.settings import Settings, get_settings, masked
 
 BROKER_SECONDS = 3.0
@@ -18,13 +20,13 @@ BROKER_SECONDS = 3.0
 @click.option(
     "-f",
     "--file",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FileName(),
     required=True,
     help="What the worker was given as --liveness-file.",
 )
 @click.option(
     "--within",
-    type=click.FloatRange(min=1),
+    type=Number(min=1),
     default=60.0,
     show_default=True,
     help="How many seconds ago it may have been that the worker took messages.",
@@ -54,6 +56,8 @@ def _complaint(file: Path, within: float) -> str | None:
         age_seconds = time.time() - file.stat().st_mtime
     except FileNotFoundError:
         return f"{file}: no worker has taken messages with this --liveness-file yet"
+    except OSError as error:
+        raise ConfigurationError(f"{file}: cannot be looked at: {error.strerror}; see --file") from None
     if age_seconds > within:
         return f"the worker has not taken messages for {age_seconds:.0f} s"
     click.echo(f"healthy: the worker took messages {max(age_seconds, 0):.0f} s ago")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from attune_worker.cli.bulk import INVALID, Line, Results, job_of, read_lines
+from attune_worker.cli.files import FileName
 from attune_worker.cli.output import say
 from attune_worker.client import Client
 from attune_worker.errors import AttuneError, ConfigurationError, IdempotencyConflictError, InvalidJobError
@@ -65,7 +66,7 @@ class Tally:
     "-o",
     "--output",
     required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FileName(),
     help="Results file, one JSON object a line, in the order in which jobs end.",
 )
 @click.option("--local", type=click.IntRange(min=1), metavar="N", help="Start N workers here for this run.")

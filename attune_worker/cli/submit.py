@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import types
 from collections.abc import Callable
 from decimal import Decimal
@@ -13,6 +12,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import click
 
+from attune_worker.cli.files import text_of
 from attune_worker.cli.names import complete_models, complete_providers, complete_tasks
 from attune_worker.cli.number import Number
 from attune_worker.cli.output import print_json
@@ -150,14 +150,7 @@ def submit(
 def _prompt(ctx: click.Context, prompt: str | None, file: Path | None) -> str:
     if (prompt is None) is (file is None):
         raise click.UsageError("give either a PROMPT (- for standard input) or --file", ctx)
-    try:
-        if file is not None:
-            return file.read_text("utf-8")
-        return sys.stdin.buffer.read().decode() if prompt == "-" else prompt or ""
-    except UnicodeDecodeError:
-        raise click.UsageError(f"{file or 'standard input'}: is not UTF-8 text", ctx) from None
-    except OSError as error:
-        raise click.UsageError(f"{file}: cannot be read: {error.strerror}", ctx) from None
+    return text_of(file) if file is not None or prompt == "-" else prompt or ""
 
 
 def _answer(result: JobResult, *, as_json: bool) -> None:

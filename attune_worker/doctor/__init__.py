@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 
-from attune_worker.doctor import circuits, credentials, installation, providers, state, transport
+from attune_worker.doctor import circuits, credentials, installation, providers, state, strategy, transport
 from attune_worker.doctor.finding import Finding, Level, unreachable
 from attune_worker.doctor.installation import versions
 from attune_worker.errors import ServiceUnavailableError
@@ -32,6 +32,7 @@ def findings(
     queued: int | None = None
     away = ""
     try:
+        yield strategy.look(settings, environ)
         with closing(connect(settings, max_connections=4)) as redis:
             yield from state.server(settings, redis)
             counts = Records(settings, redis).counts()

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from urllib.parse import urlsplit
 
+from attune_worker.credentials import missing
 from attune_worker.doctor.finding import Finding, Level
 from attune_worker.errors import ProviderError
 from attune_worker.models.credentials import credentials_of
 from attune_worker.models.price_list import get_pricing
 from attune_worker.models.registry import Registry
+from attune_worker.origins import origins
 from attune_worker.providers import adapter
 from attune_worker.providers.base import Endpoint, HttpRequest, ListsModels
 from attune_worker.providers.http import HttpSender
@@ -65,6 +67,7 @@ def look(settings: Settings, environ: Mapping[str, str], *, offline: bool = Fals
     """Look at keys and prices and, unless ``offline``, ask the providers."""
     usable = {name for name, provider in settings.providers.items() if provider.usable(environ)}
     yield _keys(settings, usable)
+    yield from _missing(settings, environ)
     yield from _prices(settings, usable)
     if not offline:
         yield from judged(_asked(settings, sorted(usable), environ))
@@ -203,6 +206,17 @@ def _keys(settings: Settings, usable: set[str]) -> Finding:
         return Finding("providers", Level.OK, text)
     fix = "Workers need a provider's key, for instance ANTHROPIC_API_KEY."
     return Finding("providers", Level.WARNING, text, fix)
+
+
+def _missing(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Tell of keys that somebody has configured, and that are not here, while others of their provider are."""
+    written = {one.name for one in origins(settings, environ)}  # providers are there with an api_key by themselves, too
+    for found in missing(settings, environ):
+        own = found.one.name != DEFAULT_CREDENTIAL or f"providers.{found.provider}.api_key" in written
+        if own and found.others:
+            what = found.one.variable or f"the secret of {found.provider}/{found.one.name}"
+            fix = f"Set {what} wherever workers run, and start them anew: they read it once. Or take it out."
+            yield Finding("providers", Level.WARNING, str(found), fix)
 
 
 def _prices(settings: Settings, usable: set[str]) -> Iterator[Finding]:

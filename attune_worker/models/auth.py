@@ -33,6 +33,10 @@ DEFAULT_TOKENS_PER_LINE = 12.0
 """The top modules of Python 3.11's standard library have 46.7 bytes for each line of code, with comments and blank
 lines, and a token is about four bytes (``routing.BYTES_PER_TOKEN``)."""
 
+MIN_TOKENS_PER_LINE = 0.1
+"""With fewer, the longest prompt would be more lines than ``MAX_COUNT``, and no mode could be recommended: Redis keeps
+a text of 512 MiB, which is 2**27 tokens. What is learned (``learned_lines``) stays above, and below the following."""
+
 MAX_TOKENS_PER_LINE = 10_000.0
 
 
@@ -81,7 +85,9 @@ class _Fields(BaseModel):
     small_module_threshold: int = Field(default=500, ge=0, le=MAX_COUNT, strict=True)
     medium_module_threshold: int = Field(default=2000, ge=0, le=MAX_COUNT, strict=True)
     prefer_subscription: bool = Field(default=True, strict=True)
-    tokens_per_line: float | None = Field(default=None, gt=0, le=MAX_TOKENS_PER_LINE, allow_inf_nan=False, strict=True)
+    tokens_per_line: float | None = Field(
+        default=None, ge=MIN_TOKENS_PER_LINE, le=MAX_TOKENS_PER_LINE, allow_inf_nan=False, strict=True
+    )
     window_tokens: int | None = Field(default=None, gt=0, le=10**12, strict=True)
 
     @model_validator(mode="after")

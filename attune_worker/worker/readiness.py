@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 
+from attune_worker.credentials import missing
 from attune_worker.errors import ServiceUnavailableError
+from attune_worker.jobs import AuthMode
 from attune_worker.settings import Settings
 from attune_worker.store.connection import connect, reaching
 
@@ -33,9 +35,4 @@ def _redis(settings: Settings) -> Iterator[str]:
 
 def _subscriptions(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
     """A worker without the token takes a provider for one that has no subscription, and pays by the token."""
-    for name, provider in settings.providers.items():
-        variables, there = provider.variables(), provider.keys(environ)
-        for one in provider.credentials:
-            if one.mode == "subscription" and one.name not in there:
-                missing = variables.get(one.name, "its secret")
-                yield f"the subscription {name}/{one.name} has no token here ({missing} is empty): calls go by API keys"
+    return (str(one) for one in missing(settings, environ) if one.one.mode is AuthMode.SUBSCRIPTION)

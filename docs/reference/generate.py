@@ -41,7 +41,7 @@ CLI_INTRO = """# Commands
 <!-- Written by docs/reference/generate.py from the commands themselves; make docs. -->
 
 Each also runs as `celery -A attune_worker attune …`, and takes `-h` or `--help`. Exit codes: 0 done; 1 the work failed;
-2 wrong usage or configuration; 3 a service cannot be reached.
+2 wrong usage or configuration; 3 a service cannot be reached. What `--json` prints has [a page of its own](json.md).
 """
 
 

@@ -31,9 +31,63 @@ def environ():
 
 def command(environ, *arguments, **options):
     """Run a command to its end."""
-    return subprocess.run(
-        [*COMMAND, *arguments], env=environ, capture_output=True, text=True, timeout=120, check=False, **options
-    )
+    return process(environ, *COMMAND, *arguments, **options)
+
+
+def process(environ, *words, closed="", **options):
+    """Run a process to its end; ``closed`` is what a shell puts behind it, such as ``<&-``."""
+    words = ("/bin/sh", "-c", f'exec "$@" {closed}', "sh", *words) if closed else words
+    return subprocess.run(words, env=environ, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["auth", "setup"], "there is no terminal to ask at"),
+        (["auth", "reset"], "this would be lost: default_mode = api; to forget it, give --confirm"),
+        (["submit", "summarize", "-"], "standard input: is closed"),
+        (["costs", "estimate", "--task-type", "summarize", "--file", "-"], "standard input: is closed"),
+    ],
+    ids=str,
+)
+def test_a_closed_standard_input_is_no_terminal_and_nothing_to_read(environ, tmp_path, words, said):
+    """As ``<&-`` leaves it: wrong usage, exit code 2, and nothing is changed; so it is without standard error."""
+    file = tmp_path / "auth.json"
+    file.write_text('{"default_mode": "api"}')
+    environ["ATTUNE_AUTH__FILE"] = str(file)
+    ran = command(environ, *words, closed="<&-")
+    assert (ran.returncode, said in ran.stdout + ran.stderr, "Traceback" in ran.stderr) == (2, True, False)
+    assert command(environ, *words, closed="</dev/null 2>&-").returncode == 2
+    assert file.read_text() == '{"default_mode": "api"}'
+
+
+def test_functions_return_their_exit_code_where_standard_input_is_closed(environ, tmp_path):
+    """A daemon has neither terminal nor standard input."""
+    environ["ATTUNE_AUTH__FILE"] = str(tmp_path / "auth.json")
+    code = "import sys; assert sys.stdin is None; from attune_worker import cmd_auth_setup; sys.exit(cmd_auth_setup())"
+    ran = process(environ, sys.executable, "-c", code, closed="<&-")
+    assert (ran.returncode, ran.stderr.splitlines()[0][:18]) == (2, "Error: auth setup:")
+
+
+def test_an_export_without_standard_output_says_where_it_could_go(environ):
+    """As ``>&-`` leaves it."""
+    ran = command(environ, "costs", "export", closed=">&-")
+    assert (ran.returncode, "say where to write by -o" in ran.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--file", "/etc/passwd/x"], "/etc/passwd/x: cannot be looked at: Not a directory; see --file"),
+        (["--file", ""], "it is empty"),
+        (["--file", "x", "--within", "nan"], "'nan' is not a number"),
+    ],
+    ids=str,
+)
+def test_healthy_refuses_what_can_say_nothing_of_a_worker(environ, words, said):
+    """Exit code 2, not 1: a restart does not help."""
+    ran = command(environ, "healthy", *words)
+    assert (ran.returncode, said in ran.stderr) == (2, True)
 
 
 def test_the_demo_needs_nothing_and_its_costs_equal_the_invoice(environ, tmp_path):

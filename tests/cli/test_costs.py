@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import os
 import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -175,6 +176,19 @@ def test_no_cell_of_the_export_is_a_formula(invoke, settings):
 def test_an_export_that_cannot_be_written_says_so(invoke, tmp_path):
     """One line and exit code 2."""
     assert "cannot be written" in invoke("costs", "export", "-o", str(tmp_path / "no" / "x.csv"), code=2).output
+    assert "it is empty" in invoke("costs", "export", "-o", "", code=2).output
+    assert "it is empty" in invoke("costs", "reconcile", "--invoice", "", code=2).output
+
+
+def test_an_export_goes_into_a_pipe_or_device_and_leaves_it_what_it_is(invoke, tmp_path):
+    """To put a file in its place would take /dev/null from the machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    ours = os.open(pipe, os.O_RDWR)
+    invoke("costs", "export", "-o", str(pipe))
+    assert os.read(ours, 65536).decode().splitlines() == [",".join(FIELDS)]
+    assert pipe.is_fifo()
+    os.close(ours)
 
 
 def test_the_invoice_of_the_simulator_agrees(invoke, invoice):

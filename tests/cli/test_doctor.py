@@ -43,17 +43,17 @@ def own_server(tmp_path):
         yield server, client
 
 
-def test_a_healthy_fleet_has_nothing_to_mend(doctor, settings):
+def test_a_healthy_fleet_has_nothing_to_mend(doctor, settings, tmp_path):
     """Everything is looked at, and found well; a worker that holds a lease is named."""
     leases = Leases(settings)
     leases.beat("host:1:aaaa", 30, again=False)
-    found = doctor()
+    found = doctor(AUTH__FILE=tmp_path / "auth.json")
     leases.close()
     assert {level for check, (level, _, _) in found.items() if check != "latency"} == {"ok"}
     assert found["latency"][0] in {"ok", "warning"}  # as this machine is busy
     assert set(found) == {
-        "python", "packages", "settings", "providers", "prices", "provider", "redis", "version", "eviction",
-        "durability", "latency", "clock", "jobs", "workers", "credentials", "circuits", "broker",
+        "python", "packages", "settings", "providers", "prices", "provider", "strategy", "redis", "version",
+        "eviction", "durability", "latency", "clock", "jobs", "workers", "credentials", "circuits", "broker",
         "redelivery",
     }  # fmt: skip
     assert "host:1:aaaa" in found["workers"][1]
@@ -293,6 +293,55 @@ OTHERS = [
 SEVERAL = {"PROVIDERS__ANTHROPIC__CREDENTIALS": json.dumps(OTHERS)}
 
 
+@pytest.fixture
+def lacking(invoke):
+    """Return a function that asks the doctor, and returns text and fix of each key that is not here."""
+
+    def ask(*, credentials=(), code=0, **overrides):
+        overrides["PROVIDERS__ANTHROPIC__CREDENTIALS"] = json.dumps(list(credentials))
+        told = json.loads(invoke("doctor", "--json", "--offline", code=code, **overrides).stdout)
+        found = [one for one in told["findings"] if one["check"] == "providers" and one["level"] == "warning"]
+        return [(one["text"], one["fix"]) for one in found]
+
+    return ask
+
+
+EMPTY = {"name": "team", "mode": "subscription", "secret": "env:NOBODY_HAS_THIS"}
+
+
+def test_a_configured_key_that_is_not_here_is_a_warning_while_others_are(lacking):
+    """With its variable, and what calls do without it: without a subscription's token they cost money."""
+    two = {"name": "two", "secret": "env:NOR_THIS"}
+    [(subscription, fix), (key, _)] = lacking(credentials=[EMPTY, two])
+    assert subscription == (
+        "the subscription anthropic/team has no token here (NOBODY_HAS_THIS is empty): "
+        "calls go by API keys and are paid by the token"
+    )
+    assert fix.startswith("Set NOBODY_HAS_THIS wherever workers run")
+    assert key == "anthropic/two has no key here (NOR_THIS is empty): calls go by the others"
+    both = [EMPTY, {"name": "spare", "mode": "subscription", "secret": "token"}]
+    [(text, _)] = lacking(credentials=both)
+    assert text.endswith("calls go by the others")
+    [(text, fix)] = lacking(credentials=[{"name": "two", "secret": ""}])
+    assert (text, "the secret of anthropic/two" in fix) == (
+        "anthropic/two has no key here (its secret is empty): calls go by the others",
+        True,
+    )
+
+
+def test_a_default_key_that_is_not_here_is_told_where_somebody_has_configured_it(lacking):
+    """Providers come with one; whoever pays by a subscription alone has nothing to mend."""
+    here = [{"name": "team", "mode": "subscription", "secret": "token"}]
+    [(text, _)] = lacking(credentials=here, PROVIDERS__ANTHROPIC__API_KEY="env:NOBODY_HAS_THIS")
+    assert text.startswith("anthropic/default has no key here (NOBODY_HAS_THIS is empty)")
+    assert lacking(credentials=here, PROVIDERS__GOOGLE__CREDENTIALS=json.dumps(here)) == []
+
+
+def test_a_provider_without_any_key_is_told_once(lacking):
+    """By the finding that names all of them."""
+    assert lacking(credentials=[EMPTY], PROVIDERS__ANTHROPIC__API_KEY="env:NOR_THIS") == []
+
+
 def test_each_key_is_asked_and_the_refused_one_is_named(asked, invoke, simulator):
     """While others of its provider are taken its calls go by them: a warning; no quota is used."""
     window = {"capacity_tokens": 1000}
@@ -365,6 +414,41 @@ def test_a_quota_that_is_used_up_is_a_finding(doctor, environ, simulator):
     assert (level, text.startswith("anthropic/team has no quota left (5h at 9")) == ("warning", True)
     assert "jobs that are to go by it wait" in text
     assert "spill_to_api" in fix
+
+
+def test_a_strategy_is_told_with_where_it_is_kept(doctor, invoke, tmp_path):
+    """In its file or in Redis; without one the defaults hold."""
+    kept = {"AUTH__FILE": tmp_path / "auth.json"}
+    nothing = ("ok", f"the defaults hold: nothing is kept in {tmp_path / 'auth.json'}", "")
+    assert doctor("--offline", **kept)["strategy"] == nothing
+    invoke("auth", "setup", "--tier", "max", **kept)
+    assert doctor("--offline", **kept)["strategy"] == ("ok", f"kept in {tmp_path / 'auth.json'}", "")
+    invoke("auth", "setup", "--tier", "max", AUTH__STORE="redis")
+    level, text, _ = doctor("--offline", AUTH__STORE="redis")["strategy"]
+    assert (level, ":auth in Redis at redis://" in text) == ("ok", True)
+
+
+def test_a_strategy_that_cannot_be_read_fails_where_a_subscription_makes_jobs_wait_for_it(doctor, tmp_path):
+    """With its file, the line, what that does to jobs, and what to do; without a subscription nobody reads it."""
+    file = tmp_path / "auth.json"
+    file.write_text('{\n  "default_mode": "auto",\n  "small_module_threshold": "many"\n}\n')
+    level, text, fix = doctor("--offline", code=1, AUTH__FILE=file, **SEVERAL)["strategy"]
+    assert (level, text.startswith(f"{file}, line 3: small_module_threshold: ")) == ("failed", True)
+    assert text.endswith("; jobs that do not say auth_mode themselves wait until it can be read")
+    assert "attune-worker auth reset --confirm" in fix
+    level, text, _ = doctor("--offline", AUTH__FILE=file)["strategy"]
+    assert (level, "no job waits for it" in text) == ("warning", True)
+    team = json.dumps([{"name": "team", "mode": "subscription", "secret": "env:NOBODY_HAS_THIS"}])
+    elsewhere = doctor("--offline", AUTH__FILE=file, PROVIDERS__ANTHROPIC__CREDENTIALS=team)
+    assert elsewhere["strategy"][0] == "warning"
+
+
+def test_a_strategy_in_a_redis_that_is_away_is_told_by_the_redis_finding(doctor):
+    """Once; where it is kept in a file it is told all the same."""
+    away = {"REDIS_URL": f"redis://127.0.0.1:{CLOSED_PORT}/0", "REDIS_TIMEOUT_SECONDS": 1}
+    found = doctor("--offline", code=3, AUTH__STORE="redis", **away)
+    assert (found["redis"][0], "strategy" in found) == ("unreachable", False)
+    assert doctor("--offline", code=3, **away)["strategy"][0] == "ok"
 
 
 def test_a_provider_that_is_away_is_a_warning_while_another_answers(asked):

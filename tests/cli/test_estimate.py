@@ -42,7 +42,7 @@ def test_the_prompt_comes_from_a_file_or_standard_input(invoke, tmp_path):
     asked = ("costs", "estimate", *JOB, "--json", "--file")
     assert json.loads(invoke(*asked, str(file)).stdout)["candidates"][0]["input_tokens"] == 250
     file.write_bytes(b"\xff\xfe")
-    assert "not a text in UTF-8" in invoke(*asked, str(file), code=2).output
+    assert "is not UTF-8 text" in invoke(*asked, str(file), code=2).output
 
 
 def test_wishes_change_the_estimate(invoke):

@@ -16,9 +16,11 @@ from attune_worker import (
     SubscriptionTier,
 )
 from attune_worker.jobs import Usage
+from attune_worker.models import learned_lines
 from attune_worker.models.auth import DEFAULT_TOKENS_PER_LINE
 from attune_worker.models.pricing import cost, get_pricing
 from attune_worker.models.registry import Registry
+from attune_worker.models.routing import estimate_tokens
 
 SUBSCRIPTION, API, AUTO = AuthMode.SUBSCRIPTION, AuthMode.API, AuthMode.AUTO
 
@@ -120,6 +122,8 @@ IMPOSSIBLE = [
     ("default_mode", "sometimes"),
     ("prefer_subscription", "yes"),
     ("tokens_per_line", 0),
+    ("tokens_per_line", 0.0999),
+    ("tokens_per_line", 10_000.1),
     ("tokens_per_line", float("nan")),
     ("tokens_per_line", float("inf")),
     ("window_tokens", -1),
@@ -135,6 +139,20 @@ def test_impossible_values_are_refused_when_set(field, value):
     with pytest.raises(ConfigurationError, match=r"^\w+: "):
         setattr(strategy, field, value)
     assert strategy == AuthStrategy()
+
+
+LONGEST_PROMPT_BYTES = 512 * 2**20
+"""What Redis takes as one text (proto-max-bulk-len), so that no job has more."""
+
+
+@pytest.mark.parametrize(
+    "tokens_per_line", [0.1, learned_lines.MIN_TOKENS_PER_LINE, learned_lines.MAX_TOKENS_PER_LINE, 10_000]
+)
+def test_the_longest_prompt_has_a_mode_whatever_a_line_is_taken_for(tokens_per_line):
+    """At the borders of what can be set and of what can be learned: its job says no module_lines of its own."""
+    strategy = AuthStrategy(tokens_per_line=tokens_per_line)
+    lines = int(estimate_tokens(LONGEST_PROMPT_BYTES) / strategy.multiplier().tokens_per_line)
+    assert strategy.get_recommended_mode(lines) is API
 
 
 def test_misspelt_fields_are_refused_with_a_hint():

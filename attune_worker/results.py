@@ -28,8 +28,8 @@ BATCH = 500
 class Caller(Protocol):
     """Runs a blocking function for a coroutine, in some thread."""
 
-    async def __call__(self, function: Callable[[], T]) -> T:
-        """Return what ``function`` returns."""
+    async def __call__(self, function: Callable[[], T], ends: float | None) -> T:
+        """Return what ``function`` returns; not much later than ``ends``, by the loop's clock, raise instead."""
         ...
 
 
@@ -77,8 +77,7 @@ async def await_for(
     try:
         while True:
             told.clear()
-            channel = await call(inbox.ready)
-            [record] = await call(partial(records.watch, [job_id], channel))
+            [record] = await call(lambda: records.watch([job_id], inbox.ready()), ends)
             if record.status is JobStatus.UNKNOWN:
                 raise JobNotFoundError(job_id)
             if record.status.ended:
@@ -87,7 +86,8 @@ async def await_for(
             if left <= 0:
                 raise ResultTimeoutError(job_id, timeout_seconds or 0)
             with suppress(TimeoutError):
-                await asyncio.wait_for(told.wait(), min(left, RECHECK_SECONDS))
+                async with asyncio.timeout(min(left, RECHECK_SECONDS)):
+                    await told.wait()
     finally:
         inbox.remove(job_id, tell)
 

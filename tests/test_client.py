@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import gc
 import json
 import os
 import subprocess
@@ -350,6 +351,26 @@ def test_async_client_does_the_same(settings: Settings, finish: Any) -> None:
                 await client.submit("summarize", "")
 
     asyncio.run(use())
+
+
+def test_error_among_results_as_they_end_leaves_no_other_unheard(
+    settings: Settings, finish: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first is raised; asyncio logs nothing of the others later."""
+
+    async def use() -> None:
+        async with AsyncClient(settings) as client:
+            ended = await client.submit("summarize", "?")
+            await asyncio.to_thread(finish, ended.id)
+            handles = [ended, *[await client.get(f"unknown-{n}") for n in range(20)]]
+            async for _ in client.as_completed(handles, SOON):
+                for _ in range(10):  # in line behind the others, which have all failed then
+                    await ended.status()
+
+    with pytest.raises(JobNotFoundError):
+        asyncio.run(use())
+    gc.collect()
+    assert not [one for one in caplog.records if one.name == "asyncio"]
 
 
 AWAY = {"ATTUNE_REDIS_TIMEOUT_SECONDS": "0.3"}

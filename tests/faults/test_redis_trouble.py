@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from redis import Redis
 
 from attune_worker.async_client import AsyncClient
 from attune_worker.client import Client
-from attune_worker.errors import ResultTimeoutError, ServiceUnavailableError
+from attune_worker.errors import JobNotFoundError, ResultTimeoutError, ServiceUnavailableError
 from attune_worker.jobs import JobStatus
 from attune_worker.local import LocalWorker
 from attune_worker.settings import Settings
@@ -106,6 +107,8 @@ def test_callers_hear_of_a_redis_that_stands_still_within_its_timeout(
             assert stopwatch.seconds - began < 1 + TIMEOUT_SECONDS + SLACK_SECONDS
 
 
+THREADS = 20
+
 CROWD = 100
 """More than the threads of an ``AsyncClient`` can serve in the time that a test allows, at a timeout for each."""
 
@@ -171,6 +174,22 @@ def test_a_crowd_that_asks_hears_in_time_of_a_redis_that_stands_still(
             assert sum(client._client.records.counts().values()) <= 2 + sent
 
     asyncio.run(use())
+
+
+def test_threads_that_are_the_first_to_wait_hear_of_a_redis_that_stands_still_together(
+    own_server: EmbeddedRedis, settings: Settings, stopwatch: Stopwatch
+) -> None:
+    """One of them finds it out; the others do not pay for the timeout again, one after another. Then all goes on."""
+    with closing(Client(settings)) as client, ThreadPoolExecutor(THREADS) as pool:
+        with paused(process_id(own_server)):
+            began = stopwatch.seconds
+            waiting = [pool.submit(client.result, "nobody", 1) for _ in range(THREADS)]
+            errors = [one.exception() for one in waiting]
+            assert stopwatch.seconds - began < 1 + TIMEOUT_SECONDS + SLACK_SECONDS
+        assert {type(error) for error in errors} == {ServiceUnavailableError}
+        assert len({id(error) for error in errors}) == THREADS
+        with pytest.raises(JobNotFoundError):
+            client.result("nobody", 1)
 
 
 @pytest.fixture

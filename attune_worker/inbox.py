@@ -16,6 +16,7 @@ from uuid import uuid4
 from redis.client import PubSub
 from redis.exceptions import RedisClusterException, RedisError
 
+from attune_worker.errors import ServiceUnavailableError
 from attune_worker.settings import Settings
 from attune_worker.store.connection import connect, reaching, subscription
 from attune_worker.store.keys import inbox as inbox_channel
@@ -30,6 +31,8 @@ class Inbox:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._listener: _Listener | None = None
+        self._failures = 0
+        self._failure: ServiceUnavailableError | None = None
         self._callbacks: dict[str, set[Callable[[], None]]] = defaultdict(set)
         self._make_locks()
         _inboxes.add(self)
@@ -54,14 +57,26 @@ class Inbox:
     def ready(self) -> str:
         """Return the channel to leave with jobs, after seeing to it that somebody listens there.
 
-        Raises ``ServiceUnavailableError`` when Redis is away.
+        Raises ``ServiceUnavailableError`` when Redis is away. One caller at a time finds that out, at the cost of a
+        timeout; those who waited for him hear the same.
         """
+        failures = self._failures
         with self._opening:
             if self._listener is None or not self._listener.alive:
-                earlier, self._listener = self._listener, _Listener(self._settings, self._tell)
+                if self._failure is not None and self._failures != failures:
+                    raise self._failure.with_jobs(())  # one of their own: errors belong to threads
+                earlier, self._listener = self._listener, self._opened()
                 if earlier is not None:
                     self._tell(None)  # those who wait on its channel must name the new one
             return self._listener.channel
+
+    def _opened(self) -> _Listener:
+        try:
+            return _Listener(self._settings, self._tell)
+        except ServiceUnavailableError as error:
+            self._failures += 1
+            self._failure = error.with_jobs(())
+            raise
 
     def close(self) -> None:
         """Stop listening. Whoever still waits looks again, and so opens a new channel."""

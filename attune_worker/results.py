@@ -14,12 +14,15 @@ from typing import Protocol, Self, TypeVar
 from attune_worker.errors import JobNotFoundError, ResultTimeoutError
 from attune_worker.inbox import Inbox
 from attune_worker.jobs import JobStatus
-from attune_worker.store.records import Record, Records
+from attune_worker.store.records import WAITER_SECONDS, Record, Records
 
 T = TypeVar("T")
 
 RECHECK_SECONDS = 30.0
 """A waiting caller looks again after this long even if it was told nothing, should a message be lost."""
+
+RENEW_SECONDS = WAITER_SECONDS / 2
+"""Who waits for many jobs looks at all of them this often, also while others end: a waiter's name is forgotten."""
 
 BATCH = 500
 """Most jobs that are looked at in one round trip."""
@@ -28,8 +31,8 @@ BATCH = 500
 class Caller(Protocol):
     """Runs a blocking function for a coroutine, in some thread."""
 
-    async def __call__(self, function: Callable[[], T]) -> T:
-        """Return what ``function`` returns."""
+    async def __call__(self, function: Callable[[], T], ends: float | None) -> T:
+        """Return what ``function`` returns; not much later than ``ends``, by the loop's clock, raise instead."""
         ...
 
 
@@ -77,8 +80,7 @@ async def await_for(
     try:
         while True:
             told.clear()
-            channel = await call(inbox.ready)
-            [record] = await call(partial(records.watch, [job_id], channel))
+            [record] = await call(lambda: records.watch([job_id], inbox.ready()), ends)
             if record.status is JobStatus.UNKNOWN:
                 raise JobNotFoundError(job_id)
             if record.status.ended:
@@ -87,7 +89,8 @@ async def await_for(
             if left <= 0:
                 raise ResultTimeoutError(job_id, timeout_seconds or 0)
             with suppress(TimeoutError):
-                await asyncio.wait_for(told.wait(), min(left, RECHECK_SECONDS))
+                async with asyncio.timeout(min(left, RECHECK_SECONDS)):
+                    await told.wait()
     finally:
         inbox.remove(job_id, tell)
 
@@ -101,7 +104,7 @@ class Gathering:
         self._told: Queue[str] = Queue()
         self._callbacks: dict[str, Callable[[], None]] = {}
         self._look_at: list[str] = []
-        self._looked = time.monotonic()
+        self._heard = self._looked = time.monotonic()
 
     @property
     def waiting(self) -> int:
@@ -120,18 +123,21 @@ class Gathering:
         """Wait until at least one job has ended, and return the records of those that have.
 
         The record of an unknown job is returned as such. Raises ``ResultTimeoutError`` when none has
-        ended for ``timeout_seconds``.
+        ended for ``timeout_seconds``: all are looked at then, as of some ends nothing may have been heard.
         """
         while self._callbacks:
             patience = RECHECK_SECONDS if timeout_seconds is None else timeout_seconds
             if records := self.ended_within(patience):
                 return records
             if timeout_seconds is not None:
+                self._look_at = self._all()
+                if records := self._look():
+                    return records
                 raise ResultTimeoutError(next(iter(self._callbacks)), timeout_seconds)
         return []
 
     def ended_within(self, seconds: float) -> list[Record]:
-        """Return the records of jobs that have ended, waiting up to ``seconds`` for the first; maybe none."""
+        """Return the records of jobs that have ended, as far as was heard; wait up to ``seconds`` for the first."""
         ends = time.monotonic() + seconds
         while self._callbacks:
             if records := self._look():
@@ -150,29 +156,32 @@ class Gathering:
             self._forget(job_id)
 
     def _look(self) -> list[Record]:
-        found = []
+        found: list[Record] = []
         for start in range(0, len(self._look_at), BATCH):
             batch = [job_id for job_id in self._look_at[start : start + BATCH] if job_id in self._callbacks]
-            for record in self._records.watch(batch, self._inbox.ready()):
-                if record.status.ended or record.status is JobStatus.UNKNOWN:
-                    self._forget(record.job_id)
-                    found.append(record)
+            seen = self._records.watch(batch, self._inbox.ready())
+            found += [record for record in seen if record.status.ended or record.status is JobStatus.UNKNOWN]
+        for record in found:  # not before: if Redis goes away between two batches, both are looked at again
+            self._forget(record.job_id)
         self._look_at = []
         return found
 
     def _hear(self, patience_seconds: float) -> list[str]:
-        """Return the jobs to look at: those we were told of, or all after a long silence."""
+        """Return the jobs to look at: those we were told of, or all after a long silence or a long time."""
         try:
-            told = {self._told.get(timeout=patience_seconds)}
+            told = {self._told.get(timeout=min(patience_seconds, RECHECK_SECONDS))}
         except Empty:
-            if time.monotonic() - self._looked < RECHECK_SECONDS:
-                return []
-            self._looked = time.monotonic()
-            return list(self._callbacks)
-        self._looked = time.monotonic()
+            return self._all() if time.monotonic() - self._heard >= RECHECK_SECONDS else []
+        self._heard = time.monotonic()
+        if self._heard - self._looked >= RENEW_SECONDS:
+            return self._all()
         while not self._told.empty() and len(told) < BATCH:
             told.add(self._told.get_nowait())
         return list(told)
+
+    def _all(self) -> list[str]:
+        self._heard = self._looked = time.monotonic()
+        return list(self._callbacks)
 
     def _forget(self, job_id: str) -> None:
         self._inbox.remove(job_id, self._callbacks.pop(job_id))

@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import gc
 import json
 import os
 import subprocess
@@ -24,10 +25,11 @@ from attune_worker.errors import (
     ServiceUnavailableError,
 )
 from attune_worker.jobs import Job, JobResult, JobStatus
+from attune_worker.results import BATCH
 from attune_worker.settings import Settings
 from attune_worker.store.embedded import EmbeddedRedis
 from attune_worker.store.keys import JobKeys
-from attune_worker.store.records import Claim, Finish, Records
+from attune_worker.store.records import WAITER_SECONDS, Claim, Finish, Records
 from attune_worker.wake_ups import messages_waiting
 
 SECRET = "the merger with Initech is off"
@@ -247,6 +249,56 @@ def test_gathering_unknown_or_endless_jobs_is_a_typed_error(client: Client) -> N
     assert list(client.as_completed([], SOON)) == []
 
 
+def test_end_that_nobody_was_told_of_is_found_before_the_time_is_up(
+    client: Client, redis: Redis, settings: Settings, finish: Any
+) -> None:
+    """Redis forgets after an hour who waits for a job; others may have kept the caller busy meanwhile."""
+    handles = client.submit_many([{"task_type": "summarize", "prompt": str(number)} for number in range(3)])
+    with client.gather() as gathering:
+        gathering.add([handle.id for handle in handles])
+        assert gathering.ended_within(0) == []
+        for handle in handles[:2]:
+            assert redis.delete(JobKeys.of(settings.namespace, handle.id).waiters) == 1
+            finish(handle.id)
+        assert {record.job_id for record in gathering.ended(0.05)} == {handle.id for handle in handles[:2]}
+        with pytest.raises(ResultTimeoutError):
+            gathering.ended(0.05)
+        assert gathering.waiting == 1
+
+
+def test_who_waits_for_many_jobs_says_so_again_while_they_end(
+    client: Client, redis: Redis, settings: Settings, finish: Any
+) -> None:
+    """In time, before Redis has forgotten; and what has ended without a word is found then."""
+    handles = client.submit_many([{"task_type": "summarize", "prompt": str(number)} for number in range(3)])
+    with client.gather() as gathering:
+        gathering.add([handle.id for handle in handles])
+        assert gathering.ended_within(0) == []
+        lapsed = [JobKeys.of(settings.namespace, handle.id).waiters for handle in handles[1:]]
+        assert redis.delete(*lapsed) == 2
+        finish(handles[1].id)
+        gathering._looked -= WAITER_SECONDS / 2
+        finish(handles[0].id)
+        assert {record.job_id for record in gathering.ended(SOON)} == {handle.id for handle in handles[:2]}
+        assert redis.exists(lapsed[1])
+
+
+def test_error_in_the_middle_of_a_look_loses_no_end(
+    client: Client, redis: Redis, settings: Settings, finish: Any
+) -> None:
+    """What was found before it is found again."""
+    handles = client.submit_many([{"task_type": "summarize", "prompt": "?"}] * (BATCH + 1))
+    finish(handles[0].id)
+    spoilt = JobKeys.of(settings.namespace, handles[-1].id).waiters
+    redis.set(spoilt, "no set")
+    with client.gather() as gathering:
+        gathering.add([handle.id for handle in handles])
+        with pytest.raises(ServiceUnavailableError, match="WRONGTYPE"):
+            gathering.ended_within(0)
+        redis.delete(spoilt)
+        assert [record.job_id for record in gathering.ended(SOON)] == [handles[0].id]
+
+
 def scripts_run(redis: Redis) -> int:
     return int(redis.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))
 
@@ -350,6 +402,26 @@ def test_async_client_does_the_same(settings: Settings, finish: Any) -> None:
                 await client.submit("summarize", "")
 
     asyncio.run(use())
+
+
+def test_error_among_results_as_they_end_leaves_no_other_unheard(
+    settings: Settings, finish: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first is raised; asyncio logs nothing of the others later."""
+
+    async def use() -> None:
+        async with AsyncClient(settings) as client:
+            ended = await client.submit("summarize", "?")
+            await asyncio.to_thread(finish, ended.id)
+            handles = [ended, *[await client.get(f"unknown-{n}") for n in range(20)]]
+            async for _ in client.as_completed(handles, SOON):
+                for _ in range(10):  # in line behind the others, which have all failed then
+                    await ended.status()
+
+    with pytest.raises(JobNotFoundError):
+        asyncio.run(use())
+    gc.collect()
+    assert not [one for one in caplog.records if one.name == "asyncio"]
 
 
 AWAY = {"ATTUNE_REDIS_TIMEOUT_SECONDS": "0.3"}

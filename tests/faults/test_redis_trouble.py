@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
 
+from attune_worker.async_client import AsyncClient
 from attune_worker.client import Client
-from attune_worker.errors import ServiceUnavailableError
+from attune_worker.errors import JobNotFoundError, ResultTimeoutError, ServiceUnavailableError
 from attune_worker.jobs import JobStatus
 from attune_worker.local import LocalWorker
 from attune_worker.settings import Settings
@@ -101,6 +105,91 @@ def test_callers_hear_of_a_redis_that_stands_still_within_its_timeout(
             with pytest.raises(ServiceUnavailableError, match="cannot be reached"):
                 ask()
             assert stopwatch.seconds - began < 1 + TIMEOUT_SECONDS + SLACK_SECONDS
+
+
+THREADS = 20
+
+CROWD = 100
+"""More than the threads of an ``AsyncClient`` can serve in the time that a test allows, at a timeout for each."""
+
+
+async def heard_while_paused(server: EmbeddedRedis, waiting: Sequence[asyncio.Task[Any]]) -> list[BaseException]:
+    """Return the errors of tasks that wait for a Redis that stands still."""
+    with paused(process_id(server)):
+        return [error for error in await asyncio.gather(*waiting, return_exceptions=True) if error is not None]
+
+
+def test_a_crowd_that_awaits_results_hears_in_time_of_a_redis_that_stands_still(
+    own_server: EmbeddedRedis,
+    redis: Redis,
+    settings: Settings,
+    stopwatch: Stopwatch,
+    until: Until,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each within its timeout and one of Redis, however many wait with it; nothing is left of them."""
+    timeout = 2.0
+
+    async def use() -> None:
+        async with AsyncClient(settings) as client:
+            handles = await client.submit_many([{"task_type": "summarize", "prompt": "?"}] * CROWD)
+            began = stopwatch.seconds
+            waiting = [asyncio.create_task(handle.result(timeout)) for handle in handles]
+            await asyncio.to_thread(until, lambda: len(list(redis.scan_iter("*:waiters:*", count=10_000))) >= CROWD)
+            heard = await heard_while_paused(own_server, waiting)
+            assert stopwatch.seconds - began < timeout + TIMEOUT_SECONDS + SLACK_SECONDS
+            assert {type(error) for error in heard} <= {ServiceUnavailableError, ResultTimeoutError}
+            assert len(heard) == CROWD
+            assert await handles[0].cancel() is True
+            assert (await handles[0].result(PATIENCE_SECONDS)).status is JobStatus.CANCELLED
+            assert not client._asking._overdue
+
+    asyncio.run(use())
+    assert not [one for one in caplog.records if one.name == "asyncio"]
+
+
+@pytest.mark.parametrize("what", ["submit", "status", "cancel"])
+def test_a_crowd_that_asks_hears_in_time_of_a_redis_that_stands_still(
+    own_server: EmbeddedRedis, settings: Settings, stopwatch: Stopwatch, what: str
+) -> None:
+    """Nobody stands in line for longer than one timeout; and what was given up there is not sent afterwards."""
+
+    async def use() -> None:
+        async with AsyncClient(settings) as client:
+            known = await client.submit("summarize", "?")
+            asks: dict[str, Callable[[], Awaitable[Any]]] = {
+                "submit": lambda: client.submit("summarize", "?"),
+                "status": known.status,
+                "cancel": known.cancel,
+            }
+            began = stopwatch.seconds
+            waiting = [asyncio.ensure_future(asks[what]()) for _ in range(CROWD)]
+            heard = await heard_while_paused(own_server, waiting)
+            assert stopwatch.seconds - began < 2 * TIMEOUT_SECONDS + SLACK_SECONDS
+            given_up = [error for error in heard if "nothing of it was sent" in str(error)]
+            assert {type(error) for error in heard} == {ServiceUnavailableError}
+            assert len(given_up) > CROWD / 2
+            await client.submit("summarize", "?")  # behind all that may still be in line
+            sent = len(heard) - len(given_up) if what == "submit" else 0
+            assert sum(client._client.records.counts().values()) <= 2 + sent
+
+    asyncio.run(use())
+
+
+def test_threads_that_are_the_first_to_wait_hear_of_a_redis_that_stands_still_together(
+    own_server: EmbeddedRedis, settings: Settings, stopwatch: Stopwatch
+) -> None:
+    """One of them finds it out; the others do not pay for the timeout again, one after another. Then all goes on."""
+    with closing(Client(settings)) as client, ThreadPoolExecutor(THREADS) as pool:
+        with paused(process_id(own_server)):
+            began = stopwatch.seconds
+            waiting = [pool.submit(client.result, "nobody", 1) for _ in range(THREADS)]
+            errors = [one.exception() for one in waiting]
+            assert stopwatch.seconds - began < 1 + TIMEOUT_SECONDS + SLACK_SECONDS
+        assert {type(error) for error in errors} == {ServiceUnavailableError}
+        assert len({id(error) for error in errors}) == THREADS
+        with pytest.raises(JobNotFoundError):
+            client.result("nobody", 1)
 
 
 @pytest.fixture

@@ -126,6 +126,7 @@ def test_running_call_is_cut_off(fleet: Fleet, until: Until, stopwatch: Stopwatc
     until(lambda: Limits(fleet.settings).status()["openai"].in_flight == 0)
     assert spent(fleet) > before
     with make_app(fleet.settings) as app:
+        until(lambda: app.backend.task_result_exists(result.job_id))  # it would be read by the record otherwise
         assert app.AsyncResult(result.job_id).get(timeout=SOON)["status"] == "cancelled"
 
 

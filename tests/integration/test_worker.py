@@ -106,10 +106,11 @@ def test_jobs_succeed_with_the_cost_that_was_billed(fleet: Fleet) -> None:
     assert sum((result.cost_usd or Decimal(0) for result in results), Decimal(0)) == fleet.billed() > 0
 
 
-def test_celery_result_is_a_summary(fleet: Fleet) -> None:
+def test_celery_result_is_a_summary(fleet: Fleet, until: Any) -> None:
     """An operator sees model, cost and time under the job's id; the answer is elsewhere."""
     handle = fleet.client.submit("summarize", SECRET)
     result = handle.result(SOON)
+    until(lambda: fleet.app.backend.task_result_exists(handle.id))  # it would be read by the record otherwise
     summary = fleet.app.AsyncResult(handle.id).get(timeout=SOON)
     assert summary == {
         "job_id": handle.id,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -28,16 +30,18 @@ class Line:
         self._url = masked(settings.redis_url.get_secret_value())
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix=name)
         self._overdue: set[Future[Any]] = set()
-        self._away: str | None = None  # the URL of what did not answer, if that is the last that was heard
+        self._answered_at = self._failed_at = -math.inf  # by the monotonic clock
+        self._failed_url = self._url
 
     async def call(self, function: Callable[[], T], ends: float | None = None) -> T:
         """Return what ``function`` returns.
 
         Raises ``ServiceUnavailableError`` when it was given up in line; nothing has been sent then. ``ends`` is the end
         of the caller's time, by the loop's clock: one ``redis_timeout_seconds`` later this raises in any case, also if
-        the call has begun. Give it only for a call that may go on unheard.
+        the call has begun, and ``TimeoutError`` if only its turn did not come. Give it only for a call that may go on
+        unheard.
         """
-        loop = asyncio.get_running_loop()
+        loop, joined = asyncio.get_running_loop(), time.monotonic()
         overdue = loop.time() + self._patience_seconds
         gives_up = None if ends is None else ends + self._patience_seconds
         call = self._threads.submit(self._run, function)
@@ -45,12 +49,15 @@ class Line:
         try:
             if not await _answered(answer, overdue if gives_up is None else min(overdue, gives_up)):
                 self._overdue.add(call)  # first, so that either this or a thread that hears of an outage gives it up
-                if self._away is not None:
+                if self._is_away(joined):
                     call.cancel()  # which does nothing to a call that has begun
                 await _answered(answer, gives_up)
             if answer.done() and not answer.cancelled():
                 return answer.result()
-            raise self._unanswered(begun=not call.cancel())
+            begun = not call.cancel()
+            if not begun and self._answered_at >= joined and not self._is_away(joined):
+                raise TimeoutError
+            raise self._unanswered(begun=begun)
         finally:
             self._overdue.discard(call)
             answer.cancel()  # also if it is an error: asyncio would log one at which nobody has looked
@@ -63,15 +70,19 @@ class Line:
         try:
             answer = function()
         except ServiceUnavailableError as error:
-            self._away = error.url or self._url
+            self._failed_url, self._failed_at = error.url or self._url, time.monotonic()
             for call in tuple(self._overdue):
                 call.cancel()
             raise
-        self._away = None
+        self._answered_at = time.monotonic()
         return answer
 
+    def _is_away(self, since: float) -> bool:
+        """Whether the last that was heard since then is that there was no answer."""
+        return self._failed_at >= since and self._failed_at >= self._answered_at
+
     def _unanswered(self, *, begun: bool) -> ServiceUnavailableError:
-        url = self._away or self._url
+        url = self._failed_url
         outcome = "no answer came in time"
         if not begun:
             waited = f"{self._patience_seconds:g} s (redis_timeout_seconds)"

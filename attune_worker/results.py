@@ -32,7 +32,10 @@ class Caller(Protocol):
     """Runs a blocking function for a coroutine, in some thread."""
 
     async def __call__(self, function: Callable[[], T], ends: float | None) -> T:
-        """Return what ``function`` returns; not much later than ``ends``, by the loop's clock, raise instead."""
+        """Return what ``function`` returns; not much later than ``ends``, by the loop's clock, raise instead.
+
+        ``TimeoutError`` says that there was no thread for it in time.
+        """
         ...
 
 
@@ -69,7 +72,7 @@ async def await_for(
 ) -> Record:
     """Wait as ``wait_for`` does, without blocking the event loop: ``call`` runs a round trip in a thread."""
     loop = asyncio.get_running_loop()
-    ends = None if timeout_seconds is None else loop.time() + timeout_seconds
+    ends = None if timeout_seconds is None else loop.time() + max(0.0, timeout_seconds)
     told = asyncio.Event()
 
     def tell() -> None:
@@ -80,7 +83,10 @@ async def await_for(
     try:
         while True:
             told.clear()
-            [record] = await call(lambda: records.watch([job_id], inbox.ready()), ends)
+            try:
+                [record] = await call(lambda: records.watch([job_id], inbox.ready()), ends)
+            except TimeoutError:
+                raise ResultTimeoutError(job_id, timeout_seconds or 0) from None
             if record.status is JobStatus.UNKNOWN:
                 raise JobNotFoundError(job_id)
             if record.status.ended:

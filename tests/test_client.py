@@ -395,6 +395,8 @@ def test_async_client_does_the_same(settings: Settings, finish: Any) -> None:
                 await single.result(0.05)
             assert await single.cancel() is True
             assert (await (await client.get(single.id)).result()).status is JobStatus.CANCELLED
+            for past_seconds in (0, -1, -1000):  # what is left of a deadline that many results share
+                assert (await single.result(past_seconds)).status is JobStatus.CANCELLED
             assert await client.status("nobody") is JobStatus.UNKNOWN
             with pytest.raises(JobNotFoundError):
                 await client.result("nobody")

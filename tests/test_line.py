@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -108,6 +109,46 @@ def test_nobody_waits_much_longer_than_his_time(
     asyncio.run(use())
     assert blocked.begun == THREADS
     assert caplog.records == []
+
+
+def test_whose_turn_does_not_come_in_time_hears_so_and_of_no_outage(line: Line) -> None:
+    """Calls are answered all the time, there are only too many of them."""
+    begun: list[int] = []
+
+    def slow() -> str:
+        begun.append(1)
+        time.sleep(TIMEOUT_SECONDS / 4)
+        return "answer"
+
+    async def use() -> None:
+        ends = asyncio.get_running_loop().time()
+        calls = [line.call(slow, ends) for _ in range(50 * THREADS)]
+        heard = await asyncio.gather(*calls, return_exceptions=True)
+        assert "answer" in heard
+        last = heard[-1]
+        assert isinstance(last, TimeoutError)
+
+    asyncio.run(use())
+    assert len(begun) < 50 * THREADS
+
+
+def test_an_outage_that_is_over_gives_nobody_up(line: Line) -> None:
+    """It was heard of before the caller came; now long calls hold the threads, and are answered."""
+    refused, blocked = Blocked(), Blocked()
+    refused.released.set()
+
+    async def use() -> str:
+        with pytest.raises(ServiceUnavailableError):
+            await line.call(refused.refused)
+        first = fill(line, blocked.answered)
+        call = asyncio.create_task(line.call(lambda: "next"))
+        await passed(2 * TIMEOUT_SECONDS)
+        assert not call.done()
+        blocked.released.set()
+        await asyncio.gather(*first)
+        return await call
+
+    assert asyncio.run(use()) == "next"
 
 
 def test_call_of_a_caller_who_has_gone_does_not_begin(line: Line, until: Until) -> None:

@@ -237,7 +237,7 @@ def _replacing(path: Path | None) -> Iterator[TextIO]:
             raise ConfigurationError("standard output is closed; say where to write by -o")
         yield sys.stdout
         return
-    replaced = not path.exists() or path.is_file()  # a device or a pipe is written to
+    replaced = not path.is_symlink() and (path.is_file() or not path.exists())  # links, devices, pipes are written to
     draft = path.with_name(f"{path.name}.new") if replaced else path
     try:
         stream = draft.open("w", encoding="utf-8", newline="")

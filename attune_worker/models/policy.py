@@ -76,7 +76,7 @@ def next_call(
         return None
     if not failures:
         return NextCall(candidates[0], instead=tuple(candidates[1:])) if candidates else None
-    last = failures[-1]
+    last = (_tries(failures) or failures)[-1]  # a key that is refused says nothing of the call before
     if len(_tries(failures)) >= calls_left or isinstance(last.error, BadRequestError):
         return None
     left = [model for model in candidates if _may_serve(model, failures, settings, ways)]

@@ -26,7 +26,7 @@ class SharedRedisBackend(RedisBackend):  # type: ignore[misc]  # celery has no t
     Of a job that has ended and of which Celery knows nothing, for instance because its worker died before it could
     say so, ``AsyncResult`` reads the summary by the job's record, at one round trip more. ``AsyncResult.get`` looks
     once, when it begins; if the job ends so while it waits, it is told nothing, and its timeout passes. A group of
-    results is read as Celery has them.
+    results is read as Celery has them. ``AsyncResult.forget`` forgets what Celery has, not the record.
     """
 
     max_connections = 32

@@ -191,6 +191,16 @@ def test_an_export_goes_into_a_pipe_or_device_and_leaves_it_what_it_is(invoke, t
     os.close(ours)
 
 
+def test_an_export_goes_where_a_link_points_and_leaves_the_link(invoke, tmp_path):
+    """/dev/stdout is one, and may point to a file."""
+    file, link = tmp_path / "file.csv", tmp_path / "latest.csv"
+    file.write_text("older, and longer than what comes\n" * 100)
+    link.symlink_to(file)
+    invoke("costs", "export", "-o", str(link))
+    assert link.is_symlink()
+    assert file.read_text().splitlines() == [",".join(FIELDS)]
+
+
 def test_the_invoice_of_the_simulator_agrees(invoke, invoice):
     """The same calls at the same cost on both sides: exit code 0, no differences."""
     told = json.loads(invoke("costs", "reconcile", "--invoice", invoice(), "--json").stdout)

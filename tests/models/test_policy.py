@@ -301,6 +301,12 @@ def test_keys_that_are_refused_use_up_none_of_a_job_s_calls() -> None:
         assert next_call([A1], ended, once, 1000.0, lambda: 1.0, 0.0, ways) is None
 
 
+def test_refused_spare_key_does_not_hold_a_job_to_a_rate_limit() -> None:
+    """Another model is free now; the first key's is only in a minute."""
+    failures = [failed_by(ONE, RateLimitedError("x", retry_after=60)), failed_by(TWO, CredentialError("x"))]
+    assert alone(next_call([A1, B1], failures, SETTINGS, 1000.0, lambda: 1.0, 0.0, WAYS)) == NextCall(B1, 0.0)
+
+
 def test_rate_limit_of_one_key_holds_up_none_of_the_others() -> None:
     """The model is asked by the next key at once, and the limited one comes last."""
     limited = [

@@ -15,7 +15,7 @@ from attune_worker.settings import Settings, masked
 T = TypeVar("T")
 
 THREADS = 8
-"""Round trips under way at once; one takes about a millisecond."""
+"""Round trips under way at once."""
 
 
 class Line:

@@ -77,6 +77,7 @@ class RabbitMQ:
             "RABBITMQ_CTL_ERL_ARGS": "+S 1:1",
             "ERL_EPMD_PORT": str(epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_CRASH_DUMP": str(self.folder / "erl_crash.dump"),  # a tool that fails leaves it where it was started
         }
 
     def start(self) -> None:

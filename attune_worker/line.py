@@ -54,8 +54,9 @@ class Line:
                 await _answered(answer, gives_up)
             if answer.done() and not answer.cancelled():
                 return answer.result()
+            outage = call.cancelled() or self._is_away(joined)
             begun = not call.cancel()
-            if not begun and self._answered_at >= joined and not self._is_away(joined):
+            if not begun and not outage and self._answered_at >= joined:
                 raise TimeoutError
             raise self._unanswered(begun=begun)
         finally:
